@@ -1,0 +1,264 @@
+"""One frozen model per section of a run's YAML; defaults live here and nowhere else.
+
+A run file is one `RunConfig`. Unknown keys are errors that name the nearest known key. `--set section.key=value`
+and the command line's options are merged into the same mapping before it is validated, so that there is one way in.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from quantlab.errors import ConfigError, nearest
+from quantlab.schemes import Scheme
+
+
+class Section(BaseModel):
+    """A frozen section that forbids unknown keys and documents every field by the string below it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class CheckpointConfig(Section):
+    """A checkpoint and how it is loaded."""
+
+    path: str
+    """Folder or hub id in Hugging Face format, a `.gguf` file, or `package://NAME/FILE` for a file that an installed
+    Python package carries."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute dtype; `auto` is float32 on a CPU and bfloat16 on CUDA."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """`cpu`, `cuda`, `cuda:N`, or `auto`: CUDA where there is one."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint. Off unless you trust its author."""
+
+
+class TextConfig(Section):
+    """A text, tokenized whole without special tokens and cut into consecutive blocks."""
+
+    path: Path | None = None
+    """UTF-8 text file; none means the WikiText-2 raw test split that ships with quantlab."""
+    sequence_length: int = Field(512, ge=2)
+    """Tokens in a block."""
+    num_sequences: int | None = Field(16, ge=1)
+    """Blocks used; none means all of them."""
+    sampling: Literal["first", "draw"] = "first"
+    """The first blocks of the text, or a seeded draw among all of them."""
+    seed: int = Field(0, ge=0)
+    """Seed of the draw."""
+
+
+class ProfileConfig(Section):
+    """Outlier statistics of one pass over a text."""
+
+    text: TextConfig = TextConfig()
+    """The text that is read."""
+    top_k: int = Field(100, ge=10, le=1000)
+    """Largest magnitudes that are kept with their place."""
+
+
+class HellaSwagConfig(Section):
+    """The HellaSwag documents that are scored, zero-shot."""
+
+    path: Path | None = None
+    """A `.jsonl`, `.jsonl.xz` or `.parquet` file with HellaSwag's fields; none means the validation split that ships
+    with quantlab (10,042 documents)."""
+    limit: int | None = Field(None, ge=1)
+    """The first N documents of one fixed permutation of the file, drawn with `seed`."""
+    items: str | None = Field(None, pattern=r"^\d*:\d*$")
+    """`A:B`, documents by their position in the file, B excluded; excludes `limit`."""
+    seed: int = Field(0, ge=0)
+    """Seed of the permutation that `limit` cuts."""
+
+    @model_validator(mode="after")
+    def _one_selection(self) -> Self:
+        if self.limit is not None and self.items is not None:
+            raise ValueError("give limit or items, not both")
+        return self
+
+
+class EvaluationConfig(Section):
+    """What is scored."""
+
+    tasks: tuple[Literal["hellaswag", "perplexity"], ...] = ("hellaswag", "perplexity")
+    """Tasks, each scored once per checkpoint and scheme."""
+    hellaswag: HellaSwagConfig = HellaSwagConfig()
+    """HellaSwag's documents."""
+    perplexity: TextConfig = TextConfig()
+    """Perplexity's text."""
+    batch_size: int | Literal["auto"] = "auto"
+    """Documents (or blocks) in one forward pass; changes speed and memory, never a score."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Beginning-of-sequence token before each HellaSwag context: as the tokenizer does by itself, or forced."""
+
+    @field_validator("batch_size")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"batch_size must be at least 1 or 'auto', found {value}")
+        return value
+
+
+class QuantizeConfig(Section):
+    """How schemes are applied."""
+
+    skip: tuple[str, ...] = ()
+    """Dotted patterns of linears that stay at 16 bits, besides lm_head and embeddings."""
+    kernel: Literal["integer", "simulated"] = "integer"
+    """Weight-activation schemes at 8 bits and below: real integer products, or the float reference."""
+
+
+class ExportConfig(Section):
+    """Low-bit weights written at the end of a run."""
+
+    scheme: str
+    """Scheme whose weights are written."""
+    format: str = "compressed-tensors"
+    """A name of `quantlab list formats`."""
+
+    @field_validator("scheme")
+    @classmethod
+    def _canonical(cls, value: str) -> str:
+        return Scheme.parse(value).name
+
+
+class SweepConfig(Section):
+    """How the cells of a sweep are executed; changes speed, never a score."""
+
+    workers: int = Field(1, ge=1)
+    """Processes, each with a model of its own."""
+    threads: int = Field(1, ge=1)
+    """Threads of each worker."""
+
+
+class RunConfig(Section):
+    """One complete run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder."""
+    out: Path = Path("runs")
+    """Folder that holds runs."""
+    checkpoints: tuple[CheckpointConfig, ...] = Field(min_length=1)
+    """Checkpoints that are compared."""
+    schemes: tuple[str, ...] = ("w16",)
+    """Scheme names; the 16-bit baseline is always scored."""
+    profile: ProfileConfig | None = ProfileConfig()
+    """Outlier profile of every checkpoint; null leaves it out."""
+    evaluation: EvaluationConfig | None = EvaluationConfig()
+    """Scores of every checkpoint and scheme; null leaves them out."""
+    quantize: QuantizeConfig = QuantizeConfig()
+    """How schemes are applied."""
+    export: ExportConfig | None = None
+    """Weights to write at the end; null writes none."""
+    sweep: SweepConfig = SweepConfig()
+    """Workers."""
+
+    @field_validator("schemes")
+    @classmethod
+    def _canonical(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        names = [Scheme.parse(value).name for value in values]
+        return tuple(dict.fromkeys(["w16", *names]))
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's records and report go."""
+        return self.out / self.name
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run described by a YAML file, with `section.key=value` overrides applied.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key (the nearest known one is named), a value out of range.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file must be readable text: {path}: {error}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file must be YAML: {path}: {' '.join(str(error).split())}.") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file must hold a mapping of sections: {path} holds {type(tree).__name__}.")
+    return build_config(tree, overrides, where=str(path))
+
+
+def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "options") -> RunConfig:
+    """Validate a mapping as a `RunConfig` after merging the overrides into it."""
+    merged: dict[str, Any] = _copy(tree)
+    for override in overrides:
+        _apply(merged, override)
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_one_sentence(error, where)) from error
+
+
+def _copy(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {str(key): _copy(value) for key, value in tree.items()}
+    return [_copy(value) for value in tree] if isinstance(tree, list | tuple) else tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Merge one `section.key=value` into the tree; the value is read as YAML. `checkpoints.dtype` reaches all."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"--set takes section.key=value, found {override!r}.")
+    *sections, key = dotted.replace("-", "_").split(".")
+    nodes: list[Any] = [tree]
+    for section in sections:
+        children = [
+            node.setdefault(section, {}) if node.get(section) is not None else _fresh(node, section)
+            for node in nodes
+            if isinstance(node, dict)
+        ]
+        nodes = [leaf for child in children for leaf in (child if isinstance(child, list) else [child])]
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {dotted} takes a YAML value, found {text!r}.") from error
+    for node in nodes:
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {dotted} names no key: {'.'.join(sections)} holds a plain value.")
+        node[key] = value
+
+
+def _fresh(node: dict[str, Any], section: str) -> dict[str, Any]:
+    node[section] = {}
+    child: dict[str, Any] = node[section]
+    return child
+
+
+def _one_sentence(error: ValidationError, where: str) -> str:
+    """The first fault of a validation, with its place and, for an unknown key, the nearest known one."""
+    fault = error.errors()[0]
+    place = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        section = _section_at(fault["loc"][:-1])
+        known = list(section.model_fields)
+        hint = nearest(str(fault["loc"][-1]), known) or f" Known keys: {', '.join(known)}."
+        return f"unknown key {place!r} in {where}.{hint}"
+    if fault["type"] == "missing":
+        return f"key {place!r} is missing in {where}."
+    message = fault["msg"].removeprefix("Value error, ").rstrip(".")
+    return f"{place or 'configuration'} in {where}: {message}; found {fault['input']!r}."
+
+
+def _section_at(location: Sequence[int | str]) -> type[Section]:
+    """The section class at a location such as ("checkpoints", 0) or ("profile", "text")."""
+    section: type[Section] = RunConfig
+    for part in location:
+        if isinstance(part, str) and part in section.model_fields:
+            section = _section_in(section.model_fields[part].annotation) or section
+    return section
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    found = (_section_in(argument) for argument in getattr(annotation, "__args__", ()))
+    return next((section for section in found if section), None)

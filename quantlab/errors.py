@@ -1,0 +1,55 @@
+"""The tree of errors that a user can cause; everything else is a bug of ours.
+
+UserError (probes.errors)   one sentence on stderr, exit code 2
+├── ProbeError (probes)     a place in the model that cannot be observed
+├── CheckpointError         a checkpoint that is missing, unsafe, damaged or unknown
+├── ConfigError             a configuration key, value or option
+├── SchemeError             a scheme name, or a scheme that this model cannot take
+├── DataError               a text or task file
+├── EvaluationError         a model and a task that do not fit together
+├── RecordError             a record that is damaged or from another format
+└── OutputError             a place where results cannot be written
+"""
+
+from probes.errors import ProbeError, UserError, nearest
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "EvaluationError",
+    "OutputError",
+    "ProbeError",
+    "RecordError",
+    "SchemeError",
+    "UserError",
+    "nearest",
+]
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, unsafe, damaged or of an unknown architecture."""
+
+
+class ConfigError(UserError):
+    """A configuration key, value or command-line option that cannot be honoured."""
+
+
+class SchemeError(UserError):
+    """A scheme name that does not parse, or a scheme that this model cannot take."""
+
+
+class DataError(UserError):
+    """A text or task file that cannot be read or used."""
+
+
+class EvaluationError(UserError):
+    """A model, tokenizer and task that do not fit together."""
+
+
+class RecordError(UserError):
+    """A record that is damaged, or was written by another format version."""
+
+
+class OutputError(UserError):
+    """A place where results cannot be written."""

@@ -1,0 +1,1 @@
+"""reports: records in; tables, pictures and one HTML page out. Needs no torch."""
