@@ -1,0 +1,198 @@
+"""Intervals and paired tests on per-item results: numpy and scipy.special only, no torch.
+
+Items are the sampling units: HellaSwag documents, or blocks of a text. Every interval is two-sided 95% and
+speaks of the population that the items were drawn from; every comparison is paired, because both schemes saw
+the same items.
+
+One item says nothing about spread: its `stderr` is inf and its t interval (-inf, inf), never a width of zero.
+NaN among the values makes the estimate NaN. `Estimate.summary` writes both as null, since JSON has neither.
+
+n: number of items.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import special
+
+CONFIDENCE = 0.95
+"""Coverage of every interval."""
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its standard error and 95% interval [low, high], from n items."""
+
+    value: float
+    stderr: float
+    low: float
+    high: float
+    n: int
+
+    def summary(self, name: str) -> dict[str, Any]:
+        """`name`, `name_stderr` and `name_interval` as JSON takes them: null where a number is not finite."""
+        value, stderr, low, high = (
+            number if math.isfinite(number) else None
+            for number in (self.value, self.stderr, self.low, self.high)
+        )
+        return {name: value, f"{name}_stderr": stderr, f"{name}_interval": [low, high]}
+
+
+def mean(values: ArrayLike) -> Estimate:
+    """Mean of n values, stderr = std(ddof=1) / sqrt(n), Student's t interval with n - 1 degrees of freedom.
+
+    Source: Student 1908, Biometrika 6(1).
+    """
+    x = _items(values)
+    return _t_estimate(float(x.mean()), _stderr(x), len(x))
+
+
+def proportion(outcomes: ArrayLike) -> Estimate:
+    """Share of ones among n outcomes of 0 or 1, with Wilson's score interval.
+
+    stderr = std(ddof=1) / sqrt(n), which is what lm-evaluation-harness prints. The interval is
+    (p + z^2/2n ± z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n); it keeps a width at p = 0 and p = 1.
+    Source: Wilson 1927, JASA 22(158), equation for the limits.
+    """
+    x = _items(outcomes)
+    assert _binary(x), "outcomes must be 0 or 1"
+    n, p, z = len(x), float(x.mean()), _z()
+    center = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    # The limits are exactly 0 and 1 at the ends; rounding would leave 1e-17 and exclude p itself.
+    low = 0.0 if p == 0 else max(0.0, center - half)
+    high = 1.0 if p == 1 else min(1.0, center + half)
+    return Estimate(p, _stderr(x), low, high, n)
+
+
+def ratio(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
+    """Sum of numerators over sum of denominators of n items, e.g. nats over tokens of n blocks.
+
+    R = sum(y) / sum(x), stderr^2 = n/(n-1) sum((y - R x)^2) / sum(x)^2: the linearised (cluster-robust)
+    variance, so tokens of one block may depend on each other. t interval with n - 1 degrees of freedom.
+    Source: Cochran 1977, Sampling Techniques, 3rd ed., section 6.3.
+    """
+    y, x = _pair(numerators, denominators)
+    value, residuals = _linearised(y, x)
+    return _t_estimate(value, _root_sum(residuals), len(x))
+
+
+def paired_difference(a: ArrayLike, b: ArrayLike) -> Estimate:
+    """Mean of a - b over the same n items.
+
+    stderr = std(a - b, ddof=1) / sqrt(n), with Student's t interval. Where a and b are outcomes of 0 or 1, it
+    is Bonett and Price's adjusted Wald, since t's would have no width when no item changes: with f10
+    items won and f01 lost, p10 = (f10+1)/(n+2) and p01 = (f01+1)/(n+2), it is
+    p10 - p01 ± z sqrt((p10 + p01 - (p10-p01)^2) / (n+2)).
+    Source: Bonett and Price 2012, Journal of Educational and Behavioral Statistics 37(4).
+    """
+    x, y = _pair(a, b)
+    n, difference = len(x), x - y
+    value, stderr = float(difference.mean()), _stderr(difference)
+    if not (_binary(x) and _binary(y)):
+        return _t_estimate(value, stderr, n)
+    won, lost = (float((difference == sign).sum() + 1) / (n + 2) for sign in (1, -1))
+    half = _z() * math.sqrt((won + lost - (won - lost) ** 2) / (n + 2))
+    return Estimate(value, stderr, max(-1.0, won - lost - half), min(1.0, won - lost + half), n)
+
+
+def paired_ratio_difference(
+    numerators_a: ArrayLike, numerators_b: ArrayLike, denominators: ArrayLike
+) -> Estimate:
+    """Ratio of a minus ratio of b over the same items and denominators, e.g. nats per token of two schemes.
+
+    stderr^2 = n/(n-1) sum((y_a - R_a x - y_b + R_b x)^2) / sum(x)^2, t interval with n - 1 degrees of
+    freedom: `ratio` of the differences, since both share x.
+    Source: Cochran 1977, Sampling Techniques, 3rd ed., sections 6.3 and 6.18.
+    """
+    y_a, y_b = _pair(numerators_a, numerators_b)
+    return ratio(y_a - y_b, denominators)
+
+
+def mcnemar_exact(a: ArrayLike, b: ArrayLike) -> float:
+    """Two-sided exact p-value of equal accuracy, from paired outcomes of 0 or 1; 1.0 when no item changes.
+
+    p = min(1, 2 P[Binomial(f10 + f01, 1/2) <= min(f10, f01)]); only a got f10 items right, only b f01.
+    Source: McNemar 1947, Psychometrika 12(2), in its exact binomial form.
+    """
+    x, y = _pair(a, b)
+    assert _binary(x) and _binary(y), "outcomes must be 0 or 1"
+    won, lost = int((x > y).sum()), int((x < y).sum())
+    return min(1.0, 2 * float(special.bdtr(min(won, lost), won + lost, 0.5))) if won + lost else 1.0
+
+
+def holm(p_values: ArrayLike) -> Values:
+    """p-values adjusted for the whole family, in the order given; at most 1.
+
+    The i-th smallest of m becomes max over j <= i of (m - j + 1) p_(j).
+    Source: Holm 1979, Scandinavian Journal of Statistics 6(2).
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return np.minimum(adjusted, 1.0)
+
+
+def minimum_detectable_effect(differences: ArrayLike, power: float = 0.8) -> float:
+    """Smallest true mean difference that a two-sided 5% paired t test finds with this power, in items' units.
+
+    delta = nc * std(ddof=1) / sqrt(n), nc solving P[noncentral t(n-1, nc) > t critical] = power; the far
+    tail, a miss in the wrong direction, is left out. inf for one item.
+    Source: Cohen 1988, Statistical Power Analysis, 2nd ed., section 2.3 (its noncentral t form).
+    """
+    x = _items(differences)
+    df = len(x) - 1
+    if df == 0:
+        return math.inf
+    return float(special.nctdtrinc(df, 1 - power, _t(df))) * _stderr(x)
+
+
+def _items(values: ArrayLike) -> Values:
+    x = np.asarray(values, dtype=np.float64)
+    assert x.ndim == 1 and len(x) > 0, f"items must be one non-empty row, found shape {x.shape}"
+    return x
+
+
+def _pair(a: ArrayLike, b: ArrayLike) -> tuple[Values, Values]:
+    x, y = _items(a), _items(b)
+    assert len(x) == len(y), f"pairs must be of the same items, found {len(x)} and {len(y)}"
+    return x, y
+
+
+def _binary(x: Values) -> bool:
+    return bool(np.isin(x, (0.0, 1.0)).all())
+
+
+def _stderr(x: Values) -> float:
+    return float(x.std(ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else math.inf
+
+
+def _linearised(y: Values, x: Values) -> tuple[float, Values]:
+    """The ratio and each item's part in its error, (y - R x) / sum(x)."""
+    assert (x > 0).all(), "denominators must be positive"
+    value = float(y.sum() / x.sum())
+    return value, (y - value * x) / x.sum()
+
+
+def _root_sum(residuals: Values) -> float:
+    n = len(residuals)
+    return math.sqrt(n / (n - 1) * float(residuals @ residuals)) if n > 1 else math.inf
+
+
+def _t_estimate(value: float, stderr: float, n: int) -> Estimate:
+    half = _t(n - 1) * stderr if n > 1 else math.inf
+    return Estimate(value, stderr, value - half, value + half, n)
+
+
+def _z() -> float:
+    return float(special.ndtri((1 + CONFIDENCE) / 2))
+
+
+def _t(df: int) -> float:
+    return float(special.stdtrit(df, (1 + CONFIDENCE) / 2))
