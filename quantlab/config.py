@@ -140,8 +140,8 @@ class RunConfig(Section):
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder."""
-    out: Path = Path("runs")
-    """Folder that holds runs."""
+    out: Path | None = None
+    """Folder of the run's records and report; none means `runs/NAME`."""
     checkpoints: tuple[CheckpointConfig, ...] = Field(min_length=1)
     """Checkpoints that are compared."""
     schemes: tuple[str, ...] = ("w16",)
@@ -166,7 +166,7 @@ class RunConfig(Section):
     @property
     def folder(self) -> Path:
         """Where the run's records and report go."""
-        return self.out / self.name
+        return self.out or Path("runs") / self.name
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
