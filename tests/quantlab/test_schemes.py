@@ -1,0 +1,162 @@
+"""Scheme names: built from numbers, parsed back, and refused in one sentence when they cannot be honoured."""
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantlab.errors import SchemeError
+from quantlab.schemes import SCHEMES, Scheme, TensorSpec, check_shapes
+
+
+def _specs(*granularities: str) -> st.SearchStrategy[TensorSpec | None]:
+    def build(bits: int, granularity: str, size: int, symmetric: bool) -> TensorSpec:
+        return TensorSpec(bits, granularity, size if granularity == "group" else None, symmetric)  # type: ignore[arg-type]
+
+    values = (st.integers(2, 8), st.sampled_from(granularities), st.integers(2, 4096), st.booleans())
+    return st.none() | st.builds(build, *values)
+
+
+ALL_SCHEMES = st.builds(
+    Scheme,
+    weights=_specs("channel", "tensor", "group"),
+    activations=_specs("row", "tensor", "channel", "group"),
+    logits=_specs("tensor", "head", "row"),
+    probs=_specs("tensor", "head", "row"),
+)
+
+
+@given(ALL_SCHEMES)
+def test_every_value_has_a_name_that_parses_back(scheme: Scheme) -> None:
+    assert Scheme.parse(scheme.name) == scheme
+    assert Scheme.parse(scheme.name).name == scheme.name
+
+
+@given(ALL_SCHEMES, ALL_SCHEMES)
+def test_names_agree_exactly_when_schemes_do(one: Scheme, other: Scheme) -> None:
+    assert (one.name == other.name) == (one == other)
+
+
+@given(ALL_SCHEMES, st.data())
+def test_case_order_and_dashes_parse(scheme: Scheme, data: st.DataObject) -> None:
+    parts = [
+        Scheme(**{field: getattr(scheme, field)}).name
+        for field in ("weights", "activations", "logits", "probs")
+    ]
+    shuffled = data.draw(st.permutations(parts))
+    dashes = data.draw(st.sampled_from(["", "-", "--"]))
+    letters = [part for part in shuffled if part != "w16"] or ["w16"]
+    assert Scheme.parse(dashes.join(letters).upper()) == scheme
+
+
+def test_known_examples_are_canonical() -> None:
+    assert all(Scheme.parse(name).name == name for name in SCHEMES)
+    assert all(line and "\n" not in line for line in SCHEMES.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("W4A16", "w4"),
+        ("w8-a8", "w8a8"),
+        ("A8-W8", "w8a8"),
+        ("W4A16-g128", "w4g128"),
+        ("w4zg32", "w4g32z"),
+        ("w8c", "w8"),
+        ("a8r", "a8"),
+        ("l8", "l8t"),
+        ("p4", "p4t"),
+        ("l16", "w16"),
+        ("w16a16", "w16"),
+        (" w4g64a8l6t-rtn ", "w4g64a8l6t"),
+    ],
+)
+def test_other_spellings(text: str, name: str) -> None:
+    assert Scheme.parse(text).name == name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "unknown scheme ''"),
+        ("---", "unknown scheme"),
+        ("w4q128", "'q' in 'w4q128'"),
+        ("w4g12b", "unknown scheme 'w4g12b'.*Did you mean 'w4g128'"),
+        ("w4-awqq", "unknown 'awqq' in scheme.*Did you mean 'awq'"),
+        ("w9", "2 to 8, or 16 for untouched: 'w9' asks for w9"),
+        ("a1", "2 to 8, or 16 for untouched: 'a1' asks for a1"),
+        ("w8a8-g64", "must follow the part it belongs to"),
+        ("w4-g64-g64", "takes one granularity"),
+        ("w4tc", "takes one granularity"),
+        ("w4a8w4", "names 'w' twice"),
+        ("w4g1", "group_size must be at least 2"),
+        ("w4r", "weights .* take a scale per c .channel., t .tensor., g .group.: found r"),
+        ("w4h", "found h .head."),
+        ("a8h", "inputs of linears .* found h .head."),
+        ("l8c", "attention logits .* found c .channel."),
+        ("p8g32", "attention probabilities .* found g .group."),
+        ("w4s", "weights are always static"),
+        ("a8ts", "static scales of inputs of linears are not available"),
+        ("l8ts", "static scales of attention logits are not available"),
+        ("q8", "output.* of the query projection .* not available"),
+        ("k8", "output.* of the key projection .* not available"),
+        ("v8", "output.* of the value projection .* not available"),
+        ("w4kv8", "key-value cache .* not available"),
+        ("w4-gptq", "weight method 'gptq' is not available"),
+        ("w4-rtn-smooth", "transform 'smooth' is not available"),
+        ("q6_k", "format 'q6_k' is not available"),
+        ("NF4", "format 'nf4' is not available"),
+        ("l6t-nf4", "format 'nf4' is not available"),
+    ],
+)
+def test_refused_in_one_sentence(text: str, message: str) -> None:
+    with pytest.raises(SchemeError, match=message) as caught:
+        Scheme.parse(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((9, "channel"), "bits must be 2 to 8"),
+        ((4, "column"), "granularity must be one of"),
+        ((4, "group"), "group_size goes with granularity group"),
+        ((4, "channel", 32), "group_size goes with granularity group"),
+    ],
+)
+def test_a_spec_that_means_nothing_cannot_be_built(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(SchemeError, match=message):
+        TensorSpec(*arguments)  # type: ignore[arg-type]
+
+
+def test_which_schemes_span_a_sequence() -> None:
+    spanning = ["a8t", "w8a8t", "a8c", "l8t", "l8h", "p8t", "p4h", "w4g64a8l6t"]
+    single = ["w16", "w4", "w4t", "w4g64", "w8a8", "a8g32", "l8r", "p8r", "w4a8l4r"]
+    assert [Scheme.parse(name).spans_sequence for name in spanning] == [True] * len(spanning)
+    assert [Scheme.parse(name).spans_sequence for name in single] == [False] * len(single)
+
+
+def test_the_baseline() -> None:
+    assert Scheme().name == "w16" and Scheme.parse("w16").is_baseline
+    assert not Scheme.parse("l8t").is_baseline
+
+
+def test_group_size_must_divide() -> None:
+    linears = {"model.layers.0.mlp.up_proj": (96, 64), "model.layers.0.mlp.down_proj": (64, 1376)}
+    check_shapes(Scheme.parse("w4g32"), linears)
+    check_shapes(Scheme.parse("w4g128"), linears, skip=["*.mlp.*"])
+    message = (
+        r"model.layers.0.mlp.down_proj has in_features=1376, group_size=128. "
+        r'Use group_size=32, or add "\*.down_proj" to skip.'
+    )
+    with pytest.raises(SchemeError, match=message):
+        check_shapes(Scheme.parse("w4g128"), linears, skip=["*.up_proj"])
+    with pytest.raises(SchemeError, match=r"in_features=64, group_size=48. Use group_size=16"):
+        check_shapes(Scheme.parse("a8g48"), linears)
+
+
+def test_schemes_need_no_torch() -> None:
+    code = "import sys, quantlab.schemes; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
