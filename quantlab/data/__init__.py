@@ -1,0 +1,1 @@
+"""Rows in: texts as blocks of token ids, tasks as documents. Two small data sets ship with the package."""
