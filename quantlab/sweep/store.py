@@ -1,0 +1,144 @@
+"""The run's folder as the only truth about what is done: look up, claim, put.
+
+A record that is there and whole is never computed again; a damaged one counts as absent. Two sweeps may share a
+folder: whoever holds a cell's claim computes it and the other waits, then finds the record. A claim is a lock of the
+operating system (flock), so it ends with its process, however that dies: there is no stale claim to judge by pid or
+clock. Where the file system has no such locks, both compute the cell, to the same bytes.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantlab.errors import OutputError, RecordError
+from quantlab.records import (
+    Columns,
+    Record,
+    check_writable,
+    fingerprint,
+    plain,
+    read_record,
+    write_record,
+    write_sealed,
+)
+
+_LOG = logging.getLogger(__name__)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+@dataclass(frozen=True)
+class RunStore:
+    """Records of the run at `folder`. Holds no state, so workers make their own from the path."""
+
+    folder: Path
+
+    def open(self, config: Mapping[str, Any], keys: Sequence[str] | None = None) -> None:
+        """Check that the folder takes results, and write run.json, before anything is computed.
+
+        Args:
+            config: the resolved configuration.
+            keys: records that this run plans, in order; none means that every record of the folder belongs to it.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        check_writable(self.folder)
+        for name in ("records", "sidecars"):
+            _make(self.folder / name)
+        body = {"config": plain(config), "config_fingerprint": fingerprint(config)}
+        write_sealed(self.folder / "run.json", body | {"records": None if keys is None else list(keys)})
+
+    def path(self, key: str) -> Path:
+        """Where the record of this key is or will be."""
+        return self.folder / "records" / f"{key}.json"
+
+    def get(self, key: str) -> Record | None:
+        """The record of this key, or none where it is missing, damaged or of another format."""
+        try:
+            return read_record(self.path(key))
+        except RecordError as error:
+            if self.path(key).exists():
+                _LOG.warning("to be computed again: %s", error)
+            return None
+
+    def has(self, key: str) -> bool:
+        """Whether a whole record of this key is there."""
+        return self.get(key) is not None
+
+    def put(self, record: Record, items: Mapping[str, Columns], sidecar: Mapping[str, Any]) -> Path:
+        """Write the record unless a whole one is there: the first wins. Returns its path."""
+        if self.has(record.key):
+            return self.path(record.key)
+        return write_record(self.folder, record, items, sidecar)
+
+    @contextmanager
+    def claim(self, key: str) -> Iterator[bool]:
+        """Be the only one that computes this key; yields whether it still has to be computed.
+
+        Waits while another process holds the claim. What a killed process left half-written is removed.
+        """
+        path = self.folder / ".claims" / key
+        descriptor, locked = _lock(path)
+        try:
+            if locked:
+                self._remove_leftovers(key)
+            yield not self.has(key)
+        finally:
+            if locked:
+                with suppress(OSError):
+                    path.unlink()
+            os.close(descriptor)
+
+    def _remove_leftovers(self, key: str) -> None:
+        for folder in ("records", "sidecars"):
+            for leftover in (self.folder / folder).glob(f".{key}.*.tmp"):
+                leftover.unlink(missing_ok=True)
+
+
+def _lock(path: Path) -> tuple[int, bool]:
+    """An open descriptor of the claim's file, and whether it is locked (False: no locks on this file system)."""
+    _make(path.parent)
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise OutputError(f"results must be writable: {path}: {error.strerror}.") from error
+        try:
+            if not _wait_for(descriptor, path):
+                return descriptor, False
+            # The holder before us removed the file: a lock on a file without a name excludes nobody.
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor, True
+        except FileNotFoundError:
+            pass  # removed between the two looks at it
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _wait_for(descriptor: int, path: Path) -> bool:
+    """Lock the file, waiting for another process if need be; False where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _LOG.info("another process computes this cell, waiting for it: %s", path.name)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"results must be writable: {folder}: {error.strerror}.") from error
