@@ -1,0 +1,185 @@
+"""Named places of a model: decoder layers, attention layers, and the sites inside attention.
+
+Everything observable is a named module. Linears and norms are already; attention logits and probabilities become so
+through two `Site` modules that live on every attention layer inside `attention_sites(model)`:
+
+    <attention layer>.attn_logits    after scale, soft-cap and bias, before the mask
+    <attention layer>.attn_probs     after the softmax
+
+Letters: B sequences, H heads (softmax maps), q query rows of a block, t keys of a block.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from probes.errors import ProbeError, nearest
+
+
+@dataclass(frozen=True)
+class QueryBlock:
+    """Which queries and keys a tensor [B, H, q, t] at a site covers. A query's row is whole within its block.
+
+    Keys that no query of the block may see can be left out, so t is at most `num_keys`: column j is key
+    `key_start + j` of the attention call, row i is its query `start + i`.
+    """
+
+    visible: Tensor
+    """bool, broadcastable to [B, H, q, t]: what the mask lets each query see. Count nothing else."""
+    start: int
+    """First query row of the block."""
+    key_start: int
+    """Key of column 0."""
+    num_queries: int
+    """Query rows of the whole attention call."""
+    num_keys: int
+    """Keys of the whole attention call."""
+    seen_by_all: tuple[int, int] = (0, 0)
+    """Columns [first, last) that every query of the block sees in every sequence and head: no mask is needed there."""
+
+    def visible_parts(self, x_BHqt: Tensor) -> list[Tensor]:
+        """The visible values of x, each once, as a few tensors of any shape; cheaper than `x[visible]`."""
+        first, last = self.seen_by_all
+        columns = [(0, first), (last, x_BHqt.shape[-1])]
+        parts = [x_BHqt[..., first:last]] if last > first else []
+        for a, b in columns:
+            if b > a:
+                parts.append(x_BHqt[..., a:b].masked_select(self.visible[..., a:b]))
+        return [part for part in parts if part.numel()]
+
+
+class Site(nn.Identity):
+    """A place inside attention: gives back what it gets, so that a forward hook can look at it.
+
+    The attention function calls `site(x_BHqt, block)` once per block. A hook must copy what it keeps: the tensor is
+    reused as soon as the hook returns.
+    """
+
+    spans_rows = False
+
+    def forward(self, x_BHqt: Tensor, block: QueryBlock) -> Tensor:  # type: ignore[override]
+        """x itself."""
+        return x_BHqt
+
+
+@runtime_checkable
+class SwappedSite(Protocol):
+    """What a module must have to stand in the place of a `Site` (a quantizer does).
+
+    `forward(x_BHqt, block)` gives the tensor that attention goes on with; it sees one block at a time. When
+    `spans_rows` is true, the result depends on more rows than one block holds: the attention function then first
+    walks all blocks, calling `begin()` once and `observe(x_BHqt, block)` for each, and walks them again calling the
+    module. So a scale over a whole map never depends on the size of a block.
+    """
+
+    spans_rows: bool
+
+    def begin(self) -> None:
+        """Forget the range of the last attention call."""
+
+    def observe(self, x_BHqt: Tensor, block: QueryBlock) -> None:
+        """Take the visible values of one block into the range."""
+
+
+def select(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
+    """Modules whose dotted name matches the pattern (`*` matches any text, dots too), in the model's order.
+
+    Raises:
+        ProbeError: nothing matches; the message names what exists.
+    """
+    found = [(name, module) for name, module in model.named_modules() if fnmatchcase(name, pattern)]
+    if not found:
+        names = _families(name for name, _ in model.named_modules() if name)
+        sites = (
+            ""
+            if "attn" not in pattern
+            else " The sites attn_logits and attn_probs live inside attention_sites."
+        )
+        raise ProbeError(
+            f"A pattern must match a module of the model: {pattern!r} matches none of {type(model).__name__}, "
+            f"which has {', '.join(names)}.{nearest(pattern, names)}{sites}"
+        )
+    return found
+
+
+def _families(names: Iterable[str]) -> list[str]:
+    """Dotted names with layer numbers replaced by `*`, each once."""
+    return list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """An innermost module whose class is named Attention: no module inside it is named so too."""
+    return "Attention" in type(module).__name__ and not any(
+        "Attention" in type(inner).__name__ for inner in module.modules() if inner is not module
+    )
+
+
+def decoder_stack(model: nn.Module) -> tuple[str, nn.Module]:
+    """The module that runs the decoder layers (`model.model` of most causal LMs), with its dotted name.
+
+    Found structurally: the owner of the outermost `nn.ModuleList` with most attention layers inside.
+    """
+    counts: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(outer + ".") for outer in counts):
+            count = sum(_is_attention(inner) for inner in module.modules())
+            if count:
+                counts[name] = count
+    if not counts:
+        raise ProbeError(
+            f"A causal LM must hold its decoder layers in an nn.ModuleList whose elements contain attention: "
+            f"{type(model).__name__} has none. Give a causal language model."
+        )
+    layers = max(counts, key=lambda name: counts[name])
+    owner = layers.rpartition(".")[0]
+    return owner, model.get_submodule(owner)
+
+
+def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The decoder layers with their dotted names, first layer first."""
+    owner, stack = decoder_stack(model)
+    lists = [(name, child) for name, child in stack.named_children() if isinstance(child, nn.ModuleList)]
+    name, layers = max(lists, key=lambda item: sum(_is_attention(inner) for inner in item[1].modules()))
+    prefix = f"{owner}.{name}" if owner else name
+    return [(f"{prefix}.{index}", layer) for index, layer in enumerate(layers)]
+
+
+def attention_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The softmax attention modules inside the decoder layers, with their dotted names, first layer first."""
+    return [
+        (f"{name}.{inner_name}", inner)
+        for name, layer in decoder_layers(model)
+        for inner_name, inner in layer.named_modules()
+        if inner_name and _is_attention(inner)
+    ]
+
+
+def num_maps(attention: nn.Module) -> int:
+    """Softmax maps of an attention layer: its query heads, whatever its class calls them."""
+    config = getattr(attention, "config", None)
+    for holder, name in ((config, "num_attention_heads"), (attention, "num_heads"), (attention, "n_heads")):
+        count = getattr(holder, name, None)
+        if isinstance(count, int):
+            return count
+    raise ProbeError(
+        f"An attention layer must say how many heads it has: {type(attention).__name__} has neither "
+        "config.num_attention_heads nor num_heads. Declare map_of_head on it."
+    )
+
+
+def map_of_head(attention: nn.Module) -> tuple[int, ...]:
+    """For each head of the logits, which softmax map of its differential pair it is: 0 (added) or 1 (subtracted).
+
+    Ordinary attention has map 0 only. A module may declare `map_of_head` itself; DiffLlama pairs head h with h + H/2.
+    """
+    declared = getattr(attention, "map_of_head", None)
+    if declared is not None:
+        return tuple(int(entry) for entry in declared)
+    heads = num_maps(attention)
+    if type(attention).__name__.startswith("DiffLlama"):
+        return tuple(int(head >= heads // 2) for head in range(heads))
+    return (0,) * heads
