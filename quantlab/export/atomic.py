@@ -1,0 +1,121 @@
+"""A folder that appears whole or not at all. Needs no torch.
+
+Files go into a hidden folder beside the destination; it gets its MANIFEST.json last, is flushed to disk and renamed.
+An existing destination is replaced only when that is allowed, and only after the new folder is complete: it is moved
+aside, the new one takes its name, then it is deleted.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+import quantlab
+from quantlab.errors import OutputError
+
+__all__ = ["MANIFEST", "check_destination", "new_folder"]
+
+MANIFEST = "MANIFEST.json"
+"""Lists every other file of a folder with its sha256 and its size in bytes."""
+
+
+def check_destination(destination: Path, *, overwrite: bool) -> None:
+    """Refuse a destination that cannot or must not be written, before any work is done.
+
+    Raises:
+        OutputError: it exists and overwrite is off, is no folder, holds the working or home folder, or cannot be
+            written.
+    """
+    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
+        raise OutputError(f"output must be a new folder: {destination} is a file or a link. Choose another.")
+    if destination.exists() and not overwrite:
+        raise OutputError(f"output folder exists: {destination}. Choose another, or pass --overwrite.")
+    here = destination.resolve()
+    if any(kept == here or here in kept.parents for kept in (Path.cwd(), Path.home())):
+        raise OutputError(f"output folder must not hold the working or home folder: {destination}.")
+    ancestor = next(path for path in here.parents if path.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+        raise OutputError(f"output folder must be writable: {ancestor} is not. Choose another place.")
+
+
+@contextmanager
+def new_folder(destination: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder to fill; it takes the destination's name when the block ends well, else it is removed.
+
+    Raises:
+        OutputError: as `check_destination`, or writing failed (disk full, read-only); the destination is then
+            what it was.
+    """
+    check_destination(destination, overwrite=overwrite)
+    temporary: Path | None = None
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _beside(destination, "partial")
+        yield temporary
+        _write_manifest(temporary)
+        _flush(temporary)
+        _move(temporary, destination, overwrite=overwrite)
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise OutputError(f"output folder could not be written: {destination}: {reason}.") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(destination: Path, what: str) -> Path:
+    """A new hidden folder in the destination's parent, with the permissions of an ordinary one."""
+    path = Path(tempfile.mkdtemp(prefix=f".{destination.name}.{what}-", dir=destination.parent))
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o777 & ~mask)
+    return path
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            files[path.relative_to(folder).as_posix()] = {"sha256": digest, "bytes": path.stat().st_size}
+    manifest = {"format_version": 1, "quantlab": quantlab.__version__, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _flush(folder: Path) -> None:
+    """fsync of every file and folder, so that a rename never outlives what it names."""
+    for path in [*folder.rglob("*"), folder]:
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _move(temporary: Path, destination: Path, *, overwrite: bool) -> None:
+    """Give the complete folder its name; what had it before is deleted after that."""
+    # Without overwrite a folder that came into being meanwhile makes the rename fail, unless it is empty.
+    if not overwrite or not destination.exists():
+        temporary.rename(destination)
+        _fsync(destination.parent)
+        return
+    former = _beside(destination, "former")
+    destination.rename(former)
+    try:
+        temporary.rename(destination)
+    except BaseException:
+        former.rename(destination)
+        raise
+    _fsync(destination.parent)
+    shutil.rmtree(former, ignore_errors=True)

@@ -1,0 +1,194 @@
+"""The compressed-tensors format: what transformers and vLLM load without quantlab.
+
+Letters: O output features, I input features, b bits, G scales in a row (1 per channel, I / group_size per group).
+A linear keeps its bias; its `weight` is replaced as follows. All integers are little-endian.
+
+`pack-quantized`, weights of b = 2..8 bits, activations untouched:
+
+    weight_packed   int32 [O, ceil(I * b / 32)]. Row o is one stream of bits. Code c(o, i), signed, is stored as the
+                    unsigned number c + 2^(b-1) in bits i * b .. i * b + b - 1 of the row, lowest bit first; bit n of
+                    the row is bit n % 32 of its word n // 32. Nothing lies between codes: with 3, 5, 6 or 7 bits a
+                    code may begin in one word and end in the next. Unused bits of the last word are 0.
+    weight_scale    [O, G] in the stored dtype.
+    weight_shape    int64 [2]: O, I.
+
+`int-quantized`, 8-bit weights per channel with 8-bit activations per token:
+
+    weight          int8 [O, I], the codes.
+    weight_scale    [O, 1] in the stored dtype.
+
+A reader's weight is code * scale, computed in the dtype of the scale: the dtype that the model is loaded in. Scales
+are rounded to the stored dtype before the codes are chosen. compressed-tensors also defines packed zero points;
+transformers 5.23 with compressed-tensors 0.20 refuses to load them (it expects them unpacked), so they are not
+written. 4-bit, 2-bit and 8-bit codes are packed alike by every version of the format; for the other widths this is
+the layout of 0.20, the oldest reader it was tested with.
+
+config.json gets a `quantization_config`: one group that targets "Linear", and in `ignore` the full name of every
+linear that is stored as it was.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantlab.errors import SchemeError
+from quantlab.export.shards import Layout, Part, TensorType
+from quantlab.methods.rtn import quantize_weight
+from quantlab.schemes import Scheme, TensorSpec
+
+__all__ = ["layout", "pack_rows"]
+
+VERSION = "0.20.0"
+"""The release of compressed-tensors whose reader this layout was written for and tested with."""
+
+
+def layout(model: nn.Module, scheme: Scheme, swapped: Sequence[str], dtype: torch.dtype) -> Layout:
+    """How the swapped linears of the model are stored.
+
+    Args:
+        scheme: one that the format's check accepts.
+        swapped: names of the linears that get low bits.
+        dtype: the stored dtype, of scales and of everything that keeps its precision.
+
+    Raises:
+        SchemeError: a swapped module is no nn.Linear, which is all that the format's readers handle.
+    """
+    spec = scheme.weights
+    assert spec is not None, "the format's check lets no scheme without weights through"
+    packed = scheme.activations is None
+    linears = {name: _linear(model, name) for name in swapped}
+    return Layout(
+        linears={name: _part(linear, spec, dtype, packed=packed) for name, linear in linears.items()},
+        quantization_config=_quantization_config(scheme, _ignored(model, swapped)),
+        name=_layout_name(scheme),
+        num_codes=sum(linear.weight.numel() for linear in linears.values()),
+        engines=_engines(scheme),
+    )
+
+
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """Unsigned codes [O, I], uint8 below 2^bits, as rows of bits: int32 [O, ceil(I * bits / 32)].
+
+    Eight codes are exactly `bits` bytes, so eight at a time are joined in one 64-bit word, whose low bytes are kept.
+    """
+    assert sys.byteorder == "little", "words are viewed as little-endian bytes"
+    rows, width = codes.shape
+    eights = nn.functional.pad(codes, (0, -width % 8)).unflatten(-1, (-1, 8))
+    words = torch.zeros(eights.shape[:-1], dtype=torch.int64)
+    for position in range(8):
+        words |= eights[..., position].to(torch.int64) << (position * bits)
+    stream = words.view(torch.uint8).unflatten(-1, (-1, 8))[..., :bits].flatten(-2)
+    num_bytes = 4 * ceil(width * bits / 32)
+    stream = nn.functional.pad(stream, (0, max(0, num_bytes - stream.shape[1])))[:, :num_bytes]
+    return stream.contiguous().view(torch.int32).reshape(rows, -1)
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise SchemeError(
+            f"format compressed-tensors holds nn.Linear only: {name} is a {type(module).__name__}. "
+            f"Its readers would leave it unquantized; quantize another architecture, or only evaluate this one."
+        )
+    return module
+
+
+def _part(linear: nn.Linear, spec: TensorSpec, dtype: torch.dtype, *, packed: bool) -> Part:
+    """The tensors that stand for a linear's weight; they are computed when the part is built."""
+    rows, width = linear.weight.shape
+    scale = TensorType(dtype, (rows, width // (spec.group_size or width)))
+    if not packed:
+        tensors = {"weight": TensorType(torch.int8, (rows, width)), "weight_scale": scale}
+    else:
+        words = TensorType(torch.int32, (rows, ceil(width * spec.bits / 32)))
+        shape = TensorType(torch.int64, (2,))
+        tensors = {"weight_packed": words, "weight_scale": scale, "weight_shape": shape}
+    return Part(tensors, lambda: _tensors(linear.weight, spec, dtype, packed=packed), num_linears=1)
+
+
+def _tensors(weight: Tensor, spec: TensorSpec, dtype: torch.dtype, *, packed: bool) -> dict[str, Tensor]:
+    quantized = quantize_weight(weight.detach(), spec, scale_dtype=dtype)
+    codes, scale = quantized.codes.cpu(), quantized.scale.to("cpu", dtype).contiguous()
+    assert torch.equal(scale.float(), quantized.scale.float().cpu()), (
+        "scales must fit the stored dtype exactly"
+    )
+    if not packed:
+        return {"weight": codes.contiguous(), "weight_scale": scale}
+    # uint8 wraps around: -2^(b-1) + 2^(b-1) is 0.
+    unsigned = codes.view(torch.uint8) + 2 ** (spec.bits - 1)
+    shape = torch.tensor(codes.shape, dtype=torch.int64)
+    return {"weight_packed": pack_rows(unsigned, spec.bits), "weight_scale": scale, "weight_shape": shape}
+
+
+def _ignored(model: nn.Module, swapped: Sequence[str]) -> list[str]:
+    """Every linear that is not swapped: the output head, and what the user skips."""
+    taken = set(swapped)
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in taken]
+
+
+def _layout_name(scheme: Scheme) -> str:
+    return "pack-quantized" if scheme.activations is None else "int-quantized"
+
+
+def _quantization_config(scheme: Scheme, ignored: Sequence[str]) -> dict[str, Any]:
+    assert scheme.weights is not None
+    name = _layout_name(scheme)
+    group = {
+        "targets": ["Linear"],
+        "format": name,
+        "weights": _arguments(scheme.weights, dynamic=False),
+        "input_activations": None
+        if scheme.activations is None
+        else _arguments(scheme.activations, dynamic=True),
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "version": VERSION,
+        "format": name,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(ignored),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+_STRATEGIES: Mapping[str, str] = {"channel": "channel", "group": "group", "row": "token"}
+
+
+def _arguments(spec: TensorSpec, *, dynamic: bool) -> dict[str, Any]:
+    """One tensor's grid in the format's words."""
+    return {
+        "num_bits": spec.bits,
+        "type": "int",
+        "symmetric": spec.symmetric,
+        "strategy": _STRATEGIES[spec.granularity],
+        "group_size": spec.group_size,
+        "dynamic": dynamic,
+    }
+
+
+_ON_CPU = "On a CPU transformers unpacks the weights at the first forward pass: no gain in memory or speed."
+
+
+def _engines(scheme: Scheme) -> str:
+    assert scheme.weights is not None
+    bits = scheme.weights.bits
+    if scheme.activations is not None:
+        return (
+            "vLLM runs 8-bit weights with 8-bit activations as integer products, which is faster. transformers only "
+            "simulates the activations, with a step of absmax / 127.5 where vLLM and quantlab take absmax / 127, so "
+            f"its scores differ slightly. {_ON_CPU}"
+        )
+    if bits in (4, 8):
+        usual = "per channel or in groups of 32, 64 or 128"
+        return f"vLLM has fast kernels for {bits}-bit weights {usual}. {_ON_CPU}"
+    return (
+        f"{bits}-bit weights make the files smaller; we know of no widely used engine that runs this width faster. "
+        f"The layout is that of compressed-tensors {VERSION}. {_ON_CPU}"
+    )

@@ -1,0 +1,230 @@
+"""The README.md of a folder: what was quantized, what it scores, who runs it fast. Needs no torch.
+
+Scores come only from records of the same checkpoint content, the same scheme and the same skipped linears; where there
+is none the card says "not measured". The front matter follows the Hugging Face hub's metadata (`base_model`,
+`base_model_relation`, `model-index`).
+"""
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+import quantlab
+from quantlab.records import Record
+from quantlab.schemes import Scheme, TensorSpec
+
+__all__ = ["CardFacts", "matching_scores", "model_card"]
+
+Scores = Mapping[str, tuple[Record, Mapping[str, Any]]]
+"""Task -> the record that measured it, and the task's summary in its result."""
+
+_SIZES = {"hellaswag": "n", "perplexity": "num_tokens"}
+"""Task -> what counts its items."""
+_METRICS = {"hellaswag": ("acc", "acc_norm"), "perplexity": ("nats_per_token", "perplexity")}
+"""Task -> scores on the card; each has its interval beside it as `<score>_interval`."""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says besides scores."""
+
+    scheme: Scheme
+    format_name: str
+    layout: str
+    base_model: str
+    """Name of the checkpoint that was quantized."""
+    content_hash: str
+    source_precision: str
+    """What the checkpoint's weights were: `bfloat16`, or `dequantized Q4_1`."""
+    stored_dtype: str
+    """Dtype of scales and of everything that keeps its precision."""
+    num_swapped: int
+    skipped: Sequence[str]
+    """Decoder linears that keep their precision because the user skipped them."""
+    skip: Sequence[str]
+    """The patterns that say so."""
+    average_storage_bits: float
+    weights_bytes: int
+    tied_embeddings: bool
+    engines: str
+    """Who loads the format, and who runs it fast."""
+
+
+def matching_scores(
+    records: Sequence[Record], content_hash: str, scheme: Scheme, skip: Sequence[str] = ()
+) -> Scores:
+    """Of each task the largest evaluation that was made of exactly these weights."""
+    best: dict[str, tuple[Record, Mapping[str, Any]]] = {}
+    for record in sorted(records, key=lambda record: record.key):
+        if record.kind != "evaluation" or not _is_of(record.made_by, content_hash, scheme, skip):
+            continue
+        for task, size in _SIZES.items():
+            summary = record.result.get(task)
+            if summary and (task not in best or summary[size] > best[task][1][size]):
+                best[task] = record, summary
+    return best
+
+
+def _is_of(made_by: Mapping[str, Any], content_hash: str, scheme: Scheme, skip: Sequence[str]) -> bool:
+    skipped = made_by.get("quantize", made_by).get("skip", ())
+    return (
+        made_by.get("checkpoint", {}).get("content_hash") == content_hash
+        and made_by.get("scheme") == scheme.name
+        and sorted(skipped) == sorted(skip)
+    )
+
+
+def model_card(facts: CardFacts, scores: Scores) -> str:
+    """README.md: YAML front matter and Markdown."""
+    front = yaml.safe_dump(_front_matter(facts, scores), sort_keys=False, allow_unicode=True, width=110)
+    sections = [
+        f"# {_escaped(facts.base_model)}, {facts.scheme.name}",
+        f"Low-bit weights of {_escaped(facts.base_model)}, made by quantlab {quantlab.__version__}.",
+        "## What is quantized\n\n" + _table(("", ""), _facts_rows(facts)),
+        *_warnings(facts),
+        "## Scores\n\n" + _scores_text(scores),
+        "## Loading\n\n" + _LOADING,
+        "## Engines\n\n" + facts.engines,
+        "`MANIFEST.json` holds the sha256 and size of every file; `recipe.json` says how the weights were made.",
+    ]
+    return f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+_LOADING = """Needs the packages `transformers` and `compressed-tensors`.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+```"""
+
+
+def _front_matter(facts: CardFacts, scores: Scores) -> dict[str, Any]:
+    assert facts.scheme.weights is not None
+    front: dict[str, Any] = {
+        "base_model": facts.base_model,
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["quantlab", facts.format_name, facts.scheme.name, f"{facts.scheme.weights.bits}-bit"],
+    }
+    if scores:
+        results = [_model_index_entry(task, record, summary) for task, (record, summary) in scores.items()]
+        front["model-index"] = [{"name": f"{facts.base_model}, {facts.scheme.name}", "results": results}]
+    return front
+
+
+def _model_index_entry(task: str, record: Record, summary: Mapping[str, Any]) -> dict[str, Any]:
+    dataset = (
+        {"name": "HellaSwag", "type": "hellaswag", "split": "validation"}
+        if task == "hellaswag"
+        else {"name": str(summary.get("source", "text")), "type": "text"}
+    )
+    return {
+        "task": {"type": "text-generation", "name": "Text Generation"},
+        "dataset": dataset,
+        "metrics": [
+            {
+                "type": metric,
+                "name": metric,
+                "value": summary[metric],
+                "args": {
+                    _SIZES[task]: summary[_SIZES[task]],
+                    "interval_95": list(summary[f"{metric}_interval"]),
+                    "record": record.key,
+                },
+            }
+            for metric in _METRICS[task]
+        ],
+    }
+
+
+def _facts_rows(facts: CardFacts) -> list[tuple[str, str]]:
+    scheme = facts.scheme
+    return [
+        ("scheme", f"`{scheme.name}`, round to nearest"),
+        ("weights", _grid(scheme.weights)),
+        ("inputs of linears", _grid(scheme.activations)),
+        ("format", f"{facts.format_name}, {facts.layout}"),
+        ("quantized", f"{facts.num_swapped} linears of the decoder"),
+        (
+            "storage bits per quantized weight",
+            f"{facts.average_storage_bits:.3f}, with scales, padding and shapes",
+        ),
+        ("weight files", f"{facts.weights_bytes:,} bytes"),
+        (f"kept in {facts.stored_dtype}", _kept(facts)),
+        ("scales", facts.stored_dtype),
+        ("source", f"{_escaped(facts.base_model)}, {_escaped(facts.source_precision)}"),
+        ("source content", f"`{facts.content_hash}`"),
+    ]
+
+
+def _grid(spec: TensorSpec | None) -> str:
+    if spec is None:
+        return "not quantized"
+    scale = {
+        "channel": "a scale per output channel",
+        "group": f"a scale per {spec.group_size} inputs",
+        "row": "a dynamic scale per token",
+    }
+    zero = "symmetric" if spec.symmetric else "with zero point"
+    return f"{spec.bits} bits, {zero}, {scale.get(spec.granularity, 'a scale per ' + spec.granularity)}"
+
+
+def _kept(facts: CardFacts) -> str:
+    head = "embeddings, norms, biases and output head"
+    if facts.tied_embeddings:
+        head += " (tied to the embeddings)"
+    if not facts.skipped:
+        return head
+    return f"{head}; skipped by request: {', '.join(f'`{name}`' for name in facts.skipped)}"
+
+
+def _warnings(facts: CardFacts) -> list[str]:
+    """What a reader must know before believing the scores."""
+    if not facts.source_precision.startswith("dequantized"):
+        return []
+    return [
+        f"**The source was already quantized ({_escaped(facts.source_precision)}).** These weights are a second "
+        "quantization of it, and every comparison is with that source, not with the model's original 16-bit weights."
+    ]
+
+
+def _scores_text(scores: Scores) -> str:
+    if not scores:
+        return "not measured"
+    rows = [
+        (
+            "HellaSwag, zero-shot" if task == "hellaswag" else "text",
+            metric,
+            _number(summary[metric]),
+            " to ".join(_number(end) for end in summary[f"{metric}_interval"]),
+            f"{summary[_SIZES[task]]:,} {'documents' if task == 'hellaswag' else 'tokens'}",
+            f"`{record.key[:12]}`",
+        )
+        for task, (record, summary) in scores.items()
+        for metric in _METRICS[task]
+    ]
+    missing = [f"{task}: not measured" for task in _SIZES if task not in scores]
+    table = _table(("task", "score", "value", "95% interval", "n", "record"), rows)
+    return "\n\n".join([table, *missing, "Measured by quantlab on these codes, simulated, before writing."])
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    """Text of unknown origin on one line of Markdown, with nothing in it that renders."""
+    return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
