@@ -1,0 +1,59 @@
+"""Accuracy against bits, one panel per kind of quantized tensor: the Differential Transformer paper's Figure 8.
+
+Each line starts at the checkpoint's own 16-bit score. The paper shows attention logits alone; so does the panel of that
+name. Source of the form: arXiv 2410.05258, Figure 8.
+"""
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from reports.load import BASELINE
+from reports.style import MUTED, colours, in_figure, markers, new_figure, theme, tidy
+
+CHANCE = 25.0
+"""Percent: one ending in four."""
+
+
+def accuracy_bits(scores: pd.DataFrame) -> Figure | None:
+    """acc_norm in percent with 95% intervals against bits, by checkpoint; None when no scheme has been scored."""
+    rows = scores[scores["acc_norm"].notna()]
+    series = list(dict.fromkeys(rows.loc[rows["scheme"] != BASELINE, "series"]))
+    if not series:
+        return None
+    columns = min(len(series), 3)
+    depth = -(-len(series) // columns)
+    with theme():
+        figure, grid = new_figure(1.2 + 3.1 * columns, 0.9 + 2.9 * depth, depth, columns, sharey=True)
+        panels = list(grid.flat)
+        for axes, name in zip(panels, series, strict=False):
+            _panel(axes, rows, name)
+        for axes in panels[len(series) :]:
+            axes.set_visible(False)
+        for axes in grid[:, 0]:
+            axes.set_ylabel("acc_norm (%)")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3))
+    return figure
+
+
+def _panel(axes: Axes, rows: pd.DataFrame, series: str) -> None:
+    names = list(dict.fromkeys(rows["checkpoint"]))
+    palette, shapes = colours(names), markers(names)
+    ticks = sorted({16.0, *rows.loc[rows["series"] == series, "bits"]}, reverse=True)
+    for place, name in enumerate(names):
+        own = rows[(rows["checkpoint"] == name) & ((rows["series"] == series) | (rows["scheme"] == BASELINE))]
+        own = own.sort_values("bits", ascending=False)
+        # Side by side, so that intervals of several checkpoints at the same bits stay readable.
+        x = [ticks.index(bits) + 0.1 * (place - (len(names) - 1) / 2) for bits in own["bits"]]
+        y, low, high = (
+            100 * own[column].to_numpy(float) for column in ("acc_norm", "acc_norm_low", "acc_norm_high")
+        )
+        axes.errorbar(x, y, [y - low, high - y], color=palette[name], marker=shapes[name], capsize=3, elinewidth=1.2,
+                      label=in_figure(name))  # fmt: skip
+    axes.axhline(CHANCE, color=MUTED, linewidth=1, linestyle=":", label="chance")
+    axes.set_xticks(range(len(ticks)), [f"{bits:g}" for bits in ticks])
+    axes.set_xlim(-0.4, len(ticks) - 0.6)
+    axes.set_xlabel("bits")
+    axes.set_title(in_figure(series))
+    tidy(axes)

@@ -1,0 +1,105 @@
+"""Texts from outside made safe to show, and scheme names read for what a figure or table needs of them.
+
+Checkpoint names and token texts are data of strangers: line breaks, control, bidirectional and invisible characters
+are shown as escapes, so that a text cannot break a line, reorder its neighbours or hide. HTML and Markdown escaping
+comes on top of it, where the text is written.
+"""
+
+import re
+import unicodedata
+from dataclasses import dataclass
+
+_UNSEEN = {"Cc", "Cf", "Co", "Cs", "Cn", "Zl", "Zp"}
+_SHORT = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+_PART = re.compile(r"(kv|[a-z])(\d+)((?:g\d+|[tcrhzs])*)")
+_KINDS = {
+    "w": "weights",
+    "a": "activations",
+    "l": "attention logits",
+    "p": "attention probabilities",
+    "q": "queries",
+    "k": "keys",
+    "v": "values",
+    "kv": "KV cache",
+}
+_GRAINS = {
+    "t": "per tensor",
+    "c": "per channel",
+    "r": "per row",
+    "h": "per head",
+    "z": "zero point",
+    "s": "static",
+}
+_LEFT_OUT = {"w": "per channel", "a": "per token"}
+
+
+def visible(text: object, limit: int = 80) -> str:
+    """The text on one line with nothing unseen in it, at most `limit` characters; a longer one ends in `…`."""
+    raw = str(text)
+    shown = "".join(_character(c) for c in raw[: limit + 1])
+    return shown if len(shown) <= limit and len(raw) <= limit else shown[: limit - 1] + "…"
+
+
+def markdown(text: object) -> str:
+    """The text, with every character that Markdown or inline HTML would act on escaped."""
+    return re.sub(r"([\\`*_\[\]<>|~&$#!])", r"\\\1", str(text))
+
+
+@dataclass(frozen=True)
+class SchemeName:
+    """What a scheme name says: which kinds of tensor carry how many bits."""
+
+    parts: dict[str, tuple[int, str]]
+    """letter -> (bits, modifiers such as `g64z`); empty for the baseline."""
+    words: tuple[str, ...]
+    """Weight method and transforms, and whatever is not understood."""
+
+    @property
+    def bits(self) -> int:
+        """The fewest bits that any quantized kind carries; 16 for the baseline."""
+        return min((bits for bits, _ in self.parts.values()), default=16)
+
+    @property
+    def series(self) -> str:
+        """The kinds of tensor that are quantized: `weights + activations`."""
+        named = [_KINDS.get(letter, letter) for letter in self.parts]
+        return " + ".join([*named, *([] if self.parts else self.words)]) or "nothing"
+
+    @property
+    def detail(self) -> str:
+        """Granularities and method: `groups of 64, zero point`; names the kind where there are several."""
+        grains = [(letter, _grain(letter, modifiers)) for letter, (_, modifiers) in self.parts.items()]
+        texts = [
+            f"{_KINDS.get(letter, letter)} {grain}" if len(grains) > 1 else grain for letter, grain in grains
+        ]
+        return ", ".join([*filter(None, texts), *self.words])
+
+    @property
+    def weight_grid(self) -> str:
+        """The weights' part of the name, such as `w4g32z`; empty when weights are untouched."""
+        if "w" not in self.parts:
+            return ""
+        bits, modifiers = self.parts["w"]
+        return f"w{bits}{modifiers}"
+
+
+def read_scheme(name: str) -> SchemeName:
+    """Read a canonical scheme name; a name of another grammar becomes one word of its own."""
+    head, *words = name.split("-")
+    if not re.fullmatch(f"(?:{_PART.pattern})+", head):
+        return SchemeName({}, (name,))
+    found = {letter: (int(bits), modifiers) for letter, bits, modifiers in _PART.findall(head)}
+    return SchemeName({k: v for k, v in found.items() if v[0] < 16}, tuple(words))
+
+
+def _grain(letter: str, modifiers: str) -> str:
+    named = re.findall(r"g\d+|[tcrhzs]", modifiers)
+    if not any(m[0] in "gtcrh" for m in named) and letter in _LEFT_OUT:
+        named = [_LEFT_OUT[letter], *named]
+    return ", ".join(f"groups of {m[1:]}" if re.fullmatch(r"g\d+", m) else _GRAINS.get(m, m) for m in named)
+
+
+def _character(c: str) -> str:
+    if unicodedata.category(c) not in _UNSEEN:
+        return c
+    return _SHORT.get(c) or (f"\\x{ord(c):02x}" if ord(c) < 0x100 else f"\\u{{{ord(c):x}}}")

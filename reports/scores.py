@@ -1,0 +1,208 @@
+"""Evaluation records -> one row per checkpoint and scheme: scores as recorded, and changes against the baseline.
+
+A change is paired: the same documents (or blocks of text) under the scheme and under the checkpoint's own w16, item by
+item. Changes of the margin (nats per document; margin = log-likelihood of the gold ending minus that of the best wrong
+one) and of nats per token resolve far less than accuracy can, whose smallest detectable difference stands beside it.
+
+Columns ending in _low and _high are the ends of a 95% interval; a number that was not measured is NaN.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from quantlab.statistics import (
+    Estimate,
+    holm,
+    mcnemar_exact,
+    minimum_detectable_effect,
+    paired_difference,
+    paired_ratio_difference,
+)
+from reports.load import BASELINE, Cell, Hole, Run, scheme_order
+from reports.names import read_scheme
+
+ESTIMATES = {
+    "hellaswag": ("acc", "acc_norm", "margin"),
+    "perplexity": ("nats_per_token", "perplexity"),
+}
+"""Scores that a record carries with an interval, by task."""
+CHANGES = ("margin_change", "nats_change", "acc_norm_change")
+"""Paired changes: nats per document, nats per token, share of documents."""
+TEXTS = ("ref", "key", "checkpoint", "scheme", "status", "series", "detail", "baseline_ref", "baseline_precision",
+         "no_evidence", "kernel", "sharing", "note")  # fmt: skip
+NUMBERS = ("bits", "n", "num_tokens", "weights_bytes", "average_storage_bits", "share_below_16", "won", "lost",
+           "mcnemar_p", "holm_p", "smallest_detectable")  # fmt: skip
+
+
+def scores(run: Run) -> pd.DataFrame:
+    """A row for each evaluation cell, planned or recorded: by checkpoint, then from the baseline to the fewest bits."""
+    cells = run.of_kind("evaluation")
+    rows = [_row(cell, _baseline_of(cell, cells)) for cell in cells]
+    rows += [_hole(hole) for hole in run.holes if hole.kind == "evaluation"]
+    places = {name: place for place, name in enumerate(run.checkpoints)}
+    rows.sort(key=lambda row: (places[row["checkpoint"]], scheme_order(row["scheme"]), row["key"]))
+    return _with_series(
+        _with_holm(pd.DataFrame(rows, columns=_columns()).astype(dict.fromkeys(_numeric(), float)))
+    )
+
+
+def _columns() -> list[str]:
+    return [*TEXTS, *_numeric()]
+
+
+def _numeric() -> list[str]:
+    estimates = [name for names in ESTIMATES.values() for name in names] + list(CHANGES)
+    return [*NUMBERS, *(f"{name}{end}" for name in estimates for end in ("", "_low", "_high"))]
+
+
+def _hole(hole: Hole) -> dict[str, Any]:
+    return (
+        dict.fromkeys(TEXTS, "")
+        | {
+            "key": hole.key,
+            "checkpoint": hole.checkpoint,
+            "scheme": hole.scheme,
+            "status": "missing",
+        }
+        | _read_name(hole.scheme)
+    )
+
+
+def _row(cell: Cell, baseline: Cell | None) -> dict[str, Any]:
+    """One recorded cell: what it is, what it scored, what it changed."""
+    row = dict.fromkeys(TEXTS, "") | {
+        "ref": cell.ref,
+        "key": cell.record.key,
+        "checkpoint": cell.checkpoint,
+        "scheme": cell.scheme,
+        "status": "recorded",
+        "no_evidence": _no_evidence(cell),
+        "baseline_precision": str(_checkpoint(cell).get("source_precision") or ""),
+    }
+    row |= _read_name(cell.scheme) | _recorded_scores(cell.record.result) | _recorded_quantization(cell)
+    if baseline is None:
+        return row | {"note": "" if cell.scheme == BASELINE else "no baseline on the same data"}
+    return row | {"baseline_ref": baseline.ref} | _changes(cell, baseline)
+
+
+def _read_name(scheme: str) -> dict[str, Any]:
+    name = read_scheme(scheme)
+    return {"bits": name.bits, "series": name.series, "detail": name.detail}
+
+
+def _recorded_scores(result: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for task, names in ESTIMATES.items():
+        summary = result.get(task) or {}
+        for name in names:
+            low, high = summary.get(f"{name}_interval") or (None, None)
+            found |= {name: summary.get(name), f"{name}_low": low, f"{name}_high": high}
+    hellaswag, perplexity = result.get("hellaswag") or {}, result.get("perplexity") or {}
+    sharing = hellaswag.get("sharing") or ""
+    return found | {
+        "n": hellaswag.get("n"),
+        "num_tokens": perplexity.get("num_tokens"),
+        "sharing": str(sharing),
+    }
+
+
+def _recorded_quantization(cell: Cell) -> dict[str, Any]:
+    quantization = cell.record.result.get("quantization") or {}
+    shares = quantization.get("share_by_bits") or {}
+    below = sum(float(share) for bits, share in shares.items() if float(bits) < 16)
+    return {
+        "weights_bytes": quantization.get("weights_bytes"),
+        "average_storage_bits": quantization.get("average_storage_bits"),
+        "share_below_16": below if shares else None,
+        "kernel": ", ".join(kernels_of(quantization)) or str(cell.record.made_by.get("kernel") or ""),
+    }
+
+
+def kernels_of(quantization: Mapping[str, Any]) -> list[str]:
+    """The kernels that the swapped modules ran on, by name."""
+    rows = quantization.get("rows") or []
+    return sorted(
+        {str(row["kernel"]) for row in rows if row.get("action") == "swapped" and row.get("kernel")}
+    )
+
+
+def _checkpoint(cell: Cell) -> Mapping[str, Any]:
+    checkpoint: Mapping[str, Any] = cell.record.made_by.get("checkpoint") or {}
+    return checkpoint
+
+
+def _no_evidence(cell: Cell) -> str:
+    """Why a scheme says nothing about its bits: the weights lay on that grid before."""
+    source, name = _checkpoint(cell).get("source_scheme"), read_scheme(cell.scheme)
+    if not source or not name.weight_grid or read_scheme(str(source)).weight_grid != name.weight_grid:
+        return ""
+    rest = " for the weights" if len(name.parts) > 1 else ""
+    return f"no evidence{rest}: the source is already on this grid ({source})"
+
+
+def _baseline_of(cell: Cell, cells: tuple[Cell, ...]) -> Cell | None:
+    """The w16 cell of the same checkpoint on the same data and settings."""
+    if cell.scheme == BASELINE:
+        return None
+    alike = [c for c in cells if c.scheme == BASELINE and _setting(c) == _setting(cell)]
+    return alike[0] if alike else None
+
+
+def _setting(cell: Cell) -> dict[str, Any]:
+    made_by = cell.record.made_by
+    return {name: value for name, value in made_by.items() if name not in ("scheme", "kernel", "quantize")}
+
+
+def _changes(cell: Cell, baseline: Cell) -> dict[str, Any]:
+    """Paired changes on the tasks that both cells scored; a task whose items differ is noted, not compared."""
+    found: dict[str, Any] = {}
+    for task, compare in (("hellaswag", _documents), ("perplexity", _blocks)):
+        ours, theirs = cell.of_task(task), baseline.of_task(task)
+        if ours.empty or theirs.empty:
+            continue
+        if not ours.index.equals(theirs.index):
+            return {"note": f"{task}: items differ from the baseline's, not compared"}
+        found |= compare(ours, theirs)
+    return found
+
+
+def _documents(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, Any]:
+    right, was_right = ours["correct_norm"].to_numpy(float), theirs["correct_norm"].to_numpy(float)
+    detectable = minimum_detectable_effect(right - was_right)
+    return {
+        **_flat("margin_change", paired_difference(ours["margin"], theirs["margin"])),
+        **_flat("acc_norm_change", paired_difference(right, was_right)),
+        "won": int((right > was_right).sum()),
+        "lost": int((right < was_right).sum()),
+        "mcnemar_p": mcnemar_exact(right, was_right),
+        # No document changed: the spread that the power rests on is unknown, not zero.
+        "smallest_detectable": detectable if detectable > 0 else np.nan,
+    }
+
+
+def _blocks(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, Any]:
+    return _flat("nats_change", paired_ratio_difference(ours["nats"], theirs["nats"], ours["num_tokens"]))
+
+
+def _flat(name: str, estimate: Estimate) -> dict[str, float]:
+    """Value and interval; an endless interval (one item) is NaN, for nothing is known of it."""
+    found = {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+    return {key: number if np.isfinite(number) else np.nan for key, number in found.items()}
+
+
+def _with_holm(frame: pd.DataFrame) -> pd.DataFrame:
+    """Adjust each checkpoint's McNemar p-values for the number of its schemes."""
+    for _, group in frame.dropna(subset=["mcnemar_p"]).groupby("checkpoint", sort=False):
+        frame.loc[group.index, "holm_p"] = holm(group["mcnemar_p"].to_numpy())
+    return frame
+
+
+def _with_series(frame: pd.DataFrame) -> pd.DataFrame:
+    """Split a series by granularity where one checkpoint has two of its schemes at the same bits."""
+    twice = frame[frame.duplicated(["checkpoint", "series", "bits"], keep=False)]
+    crowded = frame["series"].isin(set(twice["series"])) & (frame["detail"] != "")
+    frame.loc[crowded, "series"] = frame["series"] + ", " + frame["detail"]
+    return frame
