@@ -114,7 +114,8 @@ def _parse(content: bytes, source: str, where: str, *, parquet: bool) -> HellaSw
 
 
 def _json_rows(content: bytes, where: str) -> Iterator[Any]:
-    for number, line in enumerate(decode(content, where).removesuffix("\n").split("\n"), start=1):
+    lines = decode(content, where).removesuffix("\n").split("\n") if content else []
+    for number, line in enumerate(lines, start=1):
         try:
             yield json.loads(line)
         except (ValueError, RecursionError) as error:
