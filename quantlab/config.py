@@ -4,6 +4,7 @@ A run file is one `RunConfig`. Unknown keys are errors that name the nearest kno
 and the command line's options are merged into the same mapping before it is validated, so that there is one way in.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -11,6 +12,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from probes.catalogue import STATISTICS
 from quantlab.errors import ConfigError, nearest
 from quantlab.schemes import Scheme
 
@@ -57,8 +59,18 @@ class ProfileConfig(Section):
 
     text: TextConfig = TextConfig()
     """The text that is read."""
-    top_k: int = Field(100, ge=10, le=1000)
+    top_k: int = Field(100, ge=100, le=1000)
     """Largest magnitudes that are kept with their place."""
+    statistics: tuple[str, ...] = tuple(STATISTICS)
+    """Statistics of the record, names of `quantlab list statistics`."""
+
+    @field_validator("statistics")
+    @classmethod
+    def _known(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            if value not in STATISTICS:
+                raise ValueError(f"unknown statistic {value!r}.{nearest(value, STATISTICS)}")
+        return values
 
 
 class HellaSwagConfig(Section):
@@ -99,7 +111,7 @@ class EvaluationConfig(Section):
     @classmethod
     def _positive(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:
-            raise ValueError(f"batch_size must be at least 1 or 'auto', found {value}")
+            raise ValueError("batch_size must be at least 1 or 'auto'")
         return value
 
 
@@ -175,6 +187,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: no such file, not YAML, an unknown key (the nearest known one is named), a value out of range.
     """
+    return build_config(read_yaml(path), overrides, where=str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -183,11 +200,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"config file must be YAML: {path}: {' '.join(str(error).split())}.") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"config file must hold a mapping of sections: {path} holds {type(tree).__name__}.")
-    return build_config(tree, overrides, where=str(path))
+    return tree
 
 
 def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "options") -> RunConfig:
-    """Validate a mapping as a `RunConfig` after merging the overrides into it."""
+    """Validate a mapping as a `RunConfig` after merging `section.key=value` overrides into it."""
     merged: dict[str, Any] = _copy(tree)
     for override in overrides:
         _apply(merged, override)
@@ -197,6 +214,11 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: 
         raise ConfigError(_one_sentence(error, where)) from error
 
 
+def run_name(path: str) -> str:
+    """A run's name from a checkpoint's path: its last part, with other characters than letters, digits and ._- dropped."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(path).name).strip("-._") or "run"
+
+
 def _copy(tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return {str(key): _copy(value) for key, value in tree.items()}
@@ -204,19 +226,14 @@ def _copy(tree: Any) -> Any:
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
-    """Merge one `section.key=value` into the tree; the value is read as YAML. `checkpoints.dtype` reaches all."""
+    """Merge one `section.key=value`; the value is read as YAML, and `checkpoints.dtype` reaches every checkpoint."""
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise ConfigError(f"--set takes section.key=value, found {override!r}.")
     *sections, key = dotted.replace("-", "_").split(".")
     nodes: list[Any] = [tree]
     for section in sections:
-        children = [
-            node.setdefault(section, {}) if node.get(section) is not None else _fresh(node, section)
-            for node in nodes
-            if isinstance(node, dict)
-        ]
-        nodes = [leaf for child in children for leaf in (child if isinstance(child, list) else [child])]
+        nodes = [child for node in nodes for child in _children(node, section, dotted)]
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -227,10 +244,13 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         node[key] = value
 
 
-def _fresh(node: dict[str, Any], section: str) -> dict[str, Any]:
-    node[section] = {}
-    child: dict[str, Any] = node[section]
-    return child
+def _children(node: Any, section: str, dotted: str) -> list[Any]:
+    if not isinstance(node, dict):
+        raise ConfigError(f"--set {dotted} names no key: {section!r} is inside a plain value.")
+    child = node.get(section)
+    if child is None:
+        child = node[section] = {}
+    return child if isinstance(child, list) else [child]
 
 
 def _one_sentence(error: ValidationError, where: str) -> str:

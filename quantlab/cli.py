@@ -1,0 +1,401 @@
+"""The command line: `quantlab VERB MODEL [options] [--set section.key=value] [--out DIR]`.
+
+A verb builds a configuration, calls one library function and prints its result: the result on stdout (a table, or one
+object with --json), log and progress on stderr. Exit codes: 0 done, 1 a bug of ours, 2 the user's mistake,
+130 interrupted. Heavy imports wait inside the verbs, so that `quantlab --help` answers at once.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantlab.errors import ConfigError, UserError
+
+app = typer.Typer(
+    name="quantlab",
+    help="Where are a language model's outliers, what do low bits cost it, and what can be shipped?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Topic(StrEnum):
+    """What `quantlab list` lists."""
+
+    schemes = "schemes"
+    formats = "formats"
+    statistics = "statistics"
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder or hub id (Hugging Face), or .gguf file.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any other field of the configuration."),
+]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for records and report [runs/NAME].")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or auto.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+TrustRemoteCode = Annotated[
+    bool | None, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of every draw.")]
+Text = Annotated[Path | None, typer.Option(help="UTF-8 text file [WikiText-2 raw test].")]
+SequenceLength = Annotated[int | None, typer.Option(help="Tokens in a block of text.")]
+NumSequences = Annotated[int | None, typer.Option(help="Blocks of text.")]
+BatchSize = Annotated[str | None, typer.Option(metavar="N|auto", help="Documents in one forward pass.")]
+Workers = Annotated[int | None, typer.Option(help="Processes, each with a model of its own.")]
+Limit = Annotated[int | None, typer.Option(help="The first N documents of one fixed permutation.")]
+Skip = Annotated[list[str] | None, typer.Option(help="Pattern of linears that stay at 16 bits.")]
+
+
+@app.command()
+def profile(
+    model: Model,
+    text: Text = None,
+    sequence_length: SequenceLength = None,
+    num_sequences: NumSequences = None,
+    sampling: Annotated[str | None, typer.Option(help="first, or draw (seeded).")] = None,
+    seed: Seed = None,
+    top_k: Annotated[int | None, typer.Option(help="Largest magnitudes kept with their place.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = None,
+    out: Out = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Outliers of one checkpoint: attention logits and hidden states, with their place."""
+    from quantlab import tables
+
+    blocks = _given(
+        path=text, sequence_length=sequence_length, num_sequences=num_sequences, sampling=sampling, seed=seed
+    )
+    config = _config(
+        [_checkpoint(model, device, dtype, revision, trust_remote_code)],
+        {"profile": _given(top_k=top_k) | {"text": blocks}, "evaluation": None},
+        out,
+        set_,
+    )
+    record = _execute(config)[0]
+    path = config.folder / "records" / f"{record.key}.json"
+    _show(json_, record.result | {"record": str(path)}, tables.profile_table(record.result, path))
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    scheme: Annotated[str, typer.Option(help="Scheme to score; `quantlab list schemes`.")] = "w16",
+    tasks: Annotated[str | None, typer.Option(help="hellaswag,perplexity or one of them.")] = None,
+    limit: Limit = None,
+    items: Annotated[str | None, typer.Option(metavar="A:B", help="HellaSwag documents by position.")] = None,
+    hellaswag: Annotated[Path | None, typer.Option(help="HellaSwag file [the validation split].")] = None,
+    text: Text = None,
+    sequence_length: SequenceLength = None,
+    num_sequences: NumSequences = None,
+    sampling: Annotated[str | None, typer.Option(help="Blocks of text: first, or draw (seeded).")] = None,
+    seed: Seed = None,
+    bos: Annotated[str | None, typer.Option(help="auto, always or never.")] = None,
+    batch_size: BatchSize = None,
+    kernel: Annotated[str | None, typer.Option(help="integer, or simulated in floats.")] = None,
+    skip: Skip = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = None,
+    out: Out = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """HellaSwag and perplexity of one checkpoint, or of one scheme of it."""
+    from quantlab import tables
+    from quantlab.schemes import Scheme
+
+    name = Scheme.parse(scheme).name
+    blocks = _given(
+        path=text, sequence_length=sequence_length, num_sequences=num_sequences, sampling=sampling, seed=seed
+    )
+    config = _config(
+        [_checkpoint(model, device, dtype, revision, trust_remote_code)],
+        {
+            "profile": None,
+            "schemes": [name],
+            "evaluation": _given(tasks=tasks and tasks.split(","), bos=bos, batch_size=_count(batch_size))
+            | {
+                "hellaswag": _given(path=hellaswag, limit=limit, items=items, seed=seed),
+                "perplexity": blocks,
+            },
+            "quantize": _given(kernel=kernel, skip=skip),
+        },
+        out,
+        set_,
+    )
+    record = _execute(config, only=name)[0]
+    path = config.folder / "records" / f"{record.key}.json"
+    result = {"scheme": name} | record.result | {"record": str(path)}
+    _show(json_, result, tables.score_table([record], path))
+
+
+@app.command()
+def sweep(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Checkpoints to compare.")],
+    config_file: Annotated[Path | None, typer.Option("--config", help="YAML file with the grid.")] = None,
+    schemes: Annotated[str | None, typer.Option(help="Scheme names, separated by commas.")] = None,
+    limit: Limit = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    workers: Workers = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = None,
+    out: Out = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Every scheme of a grid, scored on every checkpoint, and a report."""
+    from quantlab.config import read_yaml
+
+    options: dict[str, Any] = {
+        "evaluation": _given(batch_size=_count(batch_size))
+        | _nested("hellaswag", _given(limit=limit, seed=seed))
+        | _nested("perplexity", _given(seed=seed)),
+        "sweep": _given(workers=workers),
+    } | _given(schemes=schemes and schemes.split(","))
+    tree = read_yaml(config_file) if config_file else {}
+    config = _config(
+        [_checkpoint(model, device, dtype, revision, trust_remote_code) for model in models],
+        _merged(tree, options),
+        out,
+        set_,
+        where=str(config_file or "options"),
+    )
+    _finish(config, json_)
+
+
+@app.command()
+def run(
+    config_file: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A whole run as one file.")],
+    workers: Workers = None,
+    out: Out = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """A whole run as one file: profile, sweep, export and report."""
+    from quantlab.config import build_config, read_yaml
+
+    options = _given(out=out) | _nested("sweep", _given(workers=workers))
+    _finish(build_config(_merged(read_yaml(config_file), options), set_ or (), where=str(config_file)), json_)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    scheme: Annotated[str, typer.Option(help="Scheme whose weights are written.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    format_: Annotated[str, typer.Option("--format", help="`quantlab list formats`.")] = "compressed-tensors",
+    skip: Skip = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder once complete.")] = False,
+    records: Annotated[
+        list[Path] | None,
+        typer.Option(help="Run folders whose matching scores go on the model card [runs/*]."),
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Low-bit weights in a folder that other engines load."""
+    from quantlab import tables
+
+    config = _config(
+        [_checkpoint(model, device, dtype, revision, trust_remote_code)],
+        {
+            "profile": None,
+            "evaluation": None,
+            "quantize": _given(skip=skip),
+            "export": {"scheme": scheme, "format": format_},
+        },
+        None,
+        set_,
+    )
+    runs = sorted(Path("runs").glob("*/")) if records is None else records
+    summary = _export(config, out, runs, overwrite=overwrite)
+    _show(json_, summary, tables.export_table(summary))
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run.")], json_: Json = False
+) -> None:
+    """(Re)build the report of a run from its records."""
+    page = _build_report(run_dir)
+    _show(json_, {"report": str(page)}, str(page))
+
+
+@app.command("list")
+def list_(topic: Annotated[Topic, typer.Argument(help="What to list.")], json_: Json = False) -> None:
+    """What there is, one line each."""
+    from quantlab import tables
+
+    lines = _lines_of(topic)
+    _show(json_, lines, tables.listing(topic.value, lines))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: run a verb and turn its end into an exit code."""
+    sys.exit(_exit_code(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _exit_code(arguments: list[str]) -> int:
+    import click
+
+    try:
+        code = app([_dashed(argument) for argument in arguments], prog_name="quantlab", standalone_mode=False)
+    except UserError as error:
+        return _complain(error, 2)
+    except click.exceptions.UsageError as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        return _complain(
+            "interrupted; what was recorded is kept, and the same command goes on from there.", 130
+        )
+    return code if isinstance(code, int) else 0
+
+
+def _complain(message: object, code: int) -> int:
+    sys.stderr.write(f"quantlab: {message}\n")
+    return code
+
+
+def _dashed(argument: str) -> str:
+    """`--batch_size=8` as `--batch-size=8`: the field writes options both ways."""
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that the user gave; the others keep the configuration's defaults."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _nested(section: str, options: dict[str, Any]) -> dict[str, Any]:
+    return {section: options} if options else {}
+
+
+def _merged(tree: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options over a tree, section by section."""
+    merged = dict(tree)
+    for key, value in options.items():
+        below = merged.get(key)
+        merged[key] = (
+            _merged(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+        )
+    return merged
+
+
+def _count(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.isdecimal() else text
+
+
+def _checkpoint(
+    path: str, device: str | None, dtype: str | None, revision: str | None, trust_remote_code: bool | None
+) -> dict[str, Any]:
+    return {"path": path} | _given(
+        device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code or None
+    )
+
+
+def _config(
+    checkpoints: list[dict[str, Any]],
+    tree: Mapping[str, Any],
+    out: Path | None,
+    overrides: list[str] | None,
+    where: str = "options",
+) -> Any:
+    from quantlab.config import build_config, run_name
+
+    named = (
+        {"name": run_name(checkpoints[0]["path"])}
+        | dict(tree)
+        | {"checkpoints": checkpoints}
+        | _given(out=out)
+    )
+    return build_config(named, overrides or (), where=where)
+
+
+def _execute(config: Any, only: str | None = None) -> list[Any]:
+    from quantlab import pipeline
+    from quantlab.progress import RunProgress
+
+    with RunProgress() as progress:
+        return pipeline.run(config, progress.watch, only=only)
+
+
+def _finish(config: Any, json_: bool) -> None:
+    """Run everything, write what is to be shipped, build the report, show the scores."""
+    from quantlab import tables
+
+    records = _execute(config)
+    result: dict[str, Any] = {"run": str(config.folder), "records": [record.key for record in records]}
+    if config.export is not None:
+        out = config.folder / "export" / f"{config.export.scheme}-{config.export.format}"
+        result["export"] = _export(config, out, [config.folder], overwrite=True)
+    result["report"] = str(_build_report(config.folder))
+    _show(json_, result, tables.run_table(records, result))
+
+
+def _export(config: Any, out: Path, runs: Sequence[Path], *, overwrite: bool) -> dict[str, Any]:
+    from quantlab import pipeline
+    from quantlab.progress import counted
+
+    with counted(f"writing {config.export.scheme} to {out}") as advance:
+        return pipeline.export(config, out, runs, overwrite=overwrite, advance=advance)
+
+
+def _build_report(run_dir: Path) -> Path:
+    try:
+        from reports.page import build_report
+    except ImportError as error:
+        raise ConfigError(
+            f"reports need the packages of quantlab[report]: {error.name} is missing."
+        ) from error
+    return build_report(run_dir)
+
+
+def _lines_of(topic: Topic) -> dict[str, str]:
+    if topic is Topic.schemes:
+        from quantlab.schemes import SCHEMES
+
+        return SCHEMES
+    if topic is Topic.formats:
+        from quantlab.export.formats import FORMATS
+
+        return {name: form.description for name, form in FORMATS.items()}
+    from probes.catalogue import STATISTICS
+
+    return STATISTICS
+
+
+def _show(as_json: bool, result: Any, table: Any) -> None:
+    """The result on stdout, as one JSON object or as a table for people."""
+    if as_json:
+        sys.stdout.write(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        return
+    from rich.console import Console
+
+    Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160).print(table)

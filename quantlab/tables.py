@@ -1,0 +1,113 @@
+"""Results as tables for people at a terminal; `--json` prints the same values whole."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from quantlab.records import Record
+
+_MAGNITUDES = ("top1", "top2", "top3", "top10", "top100", "median", "top1_over_median")
+
+
+def listing(title: str, lines: Mapping[str, str]) -> Table:
+    """One line per name."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(title, no_wrap=True)
+    table.add_column()
+    for name, line in lines.items():
+        table.add_row(escape(name), escape(line))
+    return table
+
+
+def profile_table(result: Mapping[str, Any], record: Path) -> Group:
+    """Magnitudes of attention logits and hidden states, the largest of each with its place, and the measures."""
+    table = Table("tensor", "n", *_MAGNITUDES, box=None, pad_edge=False)
+    lines: list[Any] = [table]
+    for name in ("attention_logits", "hidden_states"):
+        values = result.get(name)
+        if values is None:
+            continue
+        cells = [_number(values[magnitude]) for magnitude in _MAGNITUDES]
+        table.add_row(name.replace("_", " "), f"{values['n']:,}", *cells)
+        if values["top"]:
+            lines.append(f"largest of {name.replace('_', ' ')}: {escape(_place(values['top'][0]))}")
+    if result.get("unprofiled"):
+        lines.append(escape(str(result["unprofiled"])))
+    return Group(*lines, f"record: {escape(str(record))}")
+
+
+def score_table(records: Sequence[Record], where: Path) -> Group:
+    """Scores of each record with n and 95% intervals."""
+    table = Table("scheme", "task", "score", "value", "95% interval", "n", box=None, pad_edge=False)
+    for record in records:
+        for row in _score_rows(record.result):
+            table.add_row(record.made_by["scheme"], *row)
+    return Group(table, f"record: {escape(str(where))}")
+
+
+def run_table(records: Sequence[Record], result: Mapping[str, Any]) -> Group:
+    """Scores of a whole run, one row per checkpoint and scheme, and where its export and report are."""
+    table = Table(
+        "checkpoint", "scheme", "acc_norm", "margin [nats]", "nats per token", "n", box=None, pad_edge=False
+    )
+    for record in records:
+        if record.kind == "evaluation":
+            hellaswag, text = record.result.get("hellaswag"), record.result.get("perplexity")
+            table.add_row(
+                escape(record.made_by["checkpoint"]["name"]),
+                record.made_by["scheme"],
+                _scored(hellaswag, "acc_norm"),
+                _scored(hellaswag, "margin"),
+                _scored(text, "nats_per_token"),
+                str(hellaswag["n"]) if hellaswag else "",
+            )
+    exported = [f"weights: {escape(result['export']['path'])}"] if "export" in result else []
+    return Group(table, *exported, f"report: {escape(result['report'])}")
+
+
+def export_table(summary: Mapping[str, Any]) -> Table:
+    """What was written and how large it is."""
+    return listing(
+        "export", {name: str(value) for name, value in summary.items() if not isinstance(value, list)}
+    )
+
+
+def _score_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    rows: list[list[str]] = []
+    if hellaswag := result.get("hellaswag"):
+        for score in ("acc", "acc_norm", "margin", "nats_per_token"):
+            rows.append(["hellaswag", score, *_with_interval(hellaswag, score), str(hellaswag["n"])])
+    if text := result.get("perplexity"):
+        for score in ("nats_per_token", "perplexity"):
+            rows.append(["perplexity", score, *_with_interval(text, score), f"{text['num_tokens']:,} tokens"])
+    return rows
+
+
+def _with_interval(values: Mapping[str, Any], score: str) -> tuple[str, str]:
+    low, high = values[f"{score}_interval"]
+    return _number(values[score]), f"{_number(low)} to {_number(high)}"
+
+
+def _scored(values: Mapping[str, Any] | None, score: str) -> str:
+    if values is None:
+        return ""
+    value, interval = _with_interval(values, score)
+    return f"{value} ({interval})"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def _place(entry: Mapping[str, Any]) -> str:
+    value = _number(entry["value"])
+    place = ", ".join(
+        f"{name} {entry[name]!r}" for name in entry if name != "value" and entry[name] is not None
+    )
+    return f"{value} at {place}"

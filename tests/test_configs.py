@@ -1,0 +1,78 @@
+"""Every file under configs/ is a complete run; unknown keys and values are answered in one sentence."""
+
+from pathlib import Path
+
+import pytest
+
+from quantlab.config import RunConfig, build_config, load_config
+from quantlab.errors import ConfigError, SchemeError
+from quantlab.records import fingerprint
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+MINIMAL = {"checkpoints": [{"path": "model"}]}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_a_complete_run(path: Path) -> None:
+    config = load_config(path)
+    assert config.checkpoints and config.schemes[0] == "w16"
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_the_demo_names_its_documents() -> None:
+    demo = load_config(next(path for path in CONFIGS if path.stem == "demo"))
+    assert demo.evaluation is not None
+    assert (demo.evaluation.hellaswag.limit or 0) >= 64
+    assert (demo.sweep.workers, demo.sweep.threads) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("profile.text.sequence_lenght=4", "unknown key 'profile.text.sequence_lenght'.*'sequence_length'"),
+        ("evaluation.batchsize=4", "unknown key.*'batch_size'"),
+        ("profile.statistics=[kurtossis]", "unknown statistic 'kurtossis'. Did you mean 'kurtosis'"),
+        ("evaluation.batch_size=0", "batch_size must be at least 1 or 'auto'; found 0"),
+        ("evaluation.hellaswag={limit: 4, items: '0:4'}", "limit or items, not both"),
+        ("evaluation.tasks=[arc]", "'hellaswag' or 'perplexity'"),
+        ("sweep.workers=0", "sweep.workers.*greater than or equal to 1"),
+        ("checkpoints.device=tpu", "checkpoints.0.device"),
+        ("name.first=4", "names no key"),
+        ("nonsense", "takes section.key=value"),
+        ("name=[", "takes a YAML value"),
+    ],
+)
+def test_a_wrong_override_is_one_sentence(override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        build_config(MINIMAL | {"name": "x"}, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("- a", "must hold a mapping"), ("a: [", "must be YAML"), ("name: x", "'checkpoints' is missing")],
+)
+def test_a_wrong_file_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=sentence):
+        load_config(path)
+    with pytest.raises(ConfigError, match="must be readable"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_an_override_reaches_every_checkpoint_and_makes_a_section() -> None:
+    tree = {"checkpoints": [{"path": "a"}, {"path": "b"}], "profile": None}
+    config = build_config(tree, ["checkpoints.dtype=bfloat16", "profile.top_k=200"])
+    assert [checkpoint.dtype for checkpoint in config.checkpoints] == ["bfloat16", "bfloat16"]
+    assert config.profile is not None and config.profile.top_k == 200
+
+
+def test_schemes_become_canonical_and_start_with_the_baseline() -> None:
+    assert build_config(MINIMAL | {"schemes": ["W4A16-g64", "l8", "w4g64"]}).schemes == ("w16", "w4g64", "l8t")
+    with pytest.raises(SchemeError):
+        build_config(MINIMAL | {"schemes": ["w99"]})
+
+
+def test_the_fingerprint_tells_configs_apart() -> None:
+    first, second = build_config(MINIMAL), build_config(MINIMAL, ["evaluation.hellaswag.limit=3"])
+    assert fingerprint(first.model_dump(mode="json")) != fingerprint(second.model_dump(mode="json"))
