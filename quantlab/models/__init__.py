@@ -1,0 +1,1 @@
+"""Checkpoints: found, inspected without torch, and loaded."""

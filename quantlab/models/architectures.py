@@ -1,0 +1,141 @@
+"""What a config.json may say: an architecture that is known, sizes that exist, and nothing that runs code. No torch.
+
+`known_architectures` reads transformers' own table from its source, since importing it takes two seconds and torch.
+"""
+
+import ast
+import importlib.util
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from quantlab.errors import CheckpointError, nearest
+
+SIZES: dict[str, tuple[tuple[str, ...], int]] = {
+    "num_hidden_layers": (("num_hidden_layers", "n_layer", "num_layers", "n_layers"), 10_000),
+    "hidden_size": (("hidden_size", "n_embd", "d_model"), 1_000_000),
+    "num_attention_heads": (("num_attention_heads", "n_head", "num_heads", "n_heads"), 100_000),
+    "num_key_value_heads": (("num_key_value_heads", "num_kv_heads"), 100_000),
+    "head_dim": (("head_dim",), 100_000),
+    "intermediate_size": (("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"), 10_000_000),
+    "vocab_size": (("vocab_size",), 10_000_000),
+    "max_position_embeddings": (
+        ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"),
+        1_000_000_000,
+    ),
+    "num_experts": (("num_experts", "num_local_experts", "n_routed_experts"), 100_000),
+}
+"""Size -> (its names in config.json, the largest that is believed)."""
+
+_REFUSED = {
+    "transformers_weights": "names a weight file of its own",
+    "fusion_config": "asks for modules to be replaced",
+    "distributed_config": "asks for a distributed run",
+}
+"""Keys of config.json that make transformers read or patch something else than the checkpoint."""
+
+
+@cache
+def known_architectures() -> frozenset[str]:
+    """`model_type` of every causal language model that the installed transformers has; empty when it cannot tell."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        return frozenset()
+    root = Path(spec.submodule_search_locations[0])
+    return _keys_of(root / "models/auto/modeling_auto.py", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+
+
+@cache
+def known_gguf_architectures() -> frozenset[str]:
+    """`general.architecture` of every GGUF file that the installed transformers reads; empty when it cannot tell."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        return frozenset()
+    root = Path(spec.submodule_search_locations[0])
+    return _keys_of(root / "integrations/ggml.py", "GGUF_CONFIG_MAPPING") - {"general", "tokenizer"}
+
+
+def _keys_of(source: Path, table: str) -> frozenset[str]:
+    """Keys of a module-level `table = {...}` or `table = OrderedDict([(key, ...), ...])`, without importing it."""
+    try:
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError):
+        return frozenset()
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == table:
+            keys = [
+                key for dictionary in ast.walk(node.value) for key in _first_level(dictionary, node.value)
+            ]
+            return frozenset(str(key.value) for key in keys if isinstance(key, ast.Constant))
+    return frozenset()
+
+
+def _first_level(node: ast.AST, value: ast.expr) -> list[ast.expr]:
+    if isinstance(value, ast.Dict):
+        return [key for key in value.keys if key] if node is value else []
+    return [node.elts[0]] if isinstance(node, ast.Tuple) and node.elts else []
+
+
+def check_config(config: Mapping[str, Any], path: Path, *, trust_remote_code: bool) -> str:
+    """The `model_type` of a config.json that can be loaded.
+
+    Raises:
+        CheckpointError: no or an unknown model_type, code of its own, or sizes that cannot be.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"config.json must name its model_type: {path} does not.")
+    for key, fault in _REFUSED.items():
+        if config.get(key):
+            raise CheckpointError(f"config.json must not set {key!r}, which {fault}: {path}. Remove the key.")
+    if "auto_map" in config and not trust_remote_code:
+        raise CheckpointError(
+            f"checkpoint asks to run code of its own: {path} has an auto_map. quantlab runs it only with "
+            f"--trust-remote-code; set that if you trust its author."
+        )
+    known = known_architectures()
+    if known and model_type not in known and "auto_map" not in config:
+        raise CheckpointError(
+            f"architecture must be a causal language model that the installed transformers knows: {path} has "
+            f"model_type {model_type!r}.{nearest(model_type, known)}"
+        )
+    check_sizes(sizes_of(config, path), path)
+    return model_type
+
+
+def sizes_of(config: Mapping[str, Any], path: Path) -> dict[str, int]:
+    """The sizes that a config states, under the names of SIZES; a composite model's are its text model's."""
+    text = config.get("text_config")
+    merged = {**config, **text} if isinstance(text, dict) else config
+    sizes: dict[str, int] = {}
+    for size, (names, _) in SIZES.items():
+        name = next((name for name in names if merged.get(name) is not None), None)
+        if name is None:
+            continue
+        if type(merged[name]) is not int:
+            raise CheckpointError(f"{name} must be a whole number: {path} has {merged[name]!r}.")
+        sizes[size] = merged[name]
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(merged.get(name), dict | None):
+            raise CheckpointError(f"{name} must be an object or null: {path} has {merged[name]!r}.")
+    return sizes
+
+
+def check_sizes(sizes: Mapping[str, int], path: Path) -> None:
+    """Sizes are positive, believable, and heads divide what they split."""
+    for size, value in sizes.items():
+        largest = SIZES[size][1]
+        if not 0 < value <= largest:
+            raise CheckpointError(f"{size} must be 1 to {largest}: {path} has {value}.")
+    heads, hidden = sizes.get("num_attention_heads"), sizes.get("hidden_size")
+    if heads and hidden and "head_dim" not in sizes and hidden % heads:
+        raise CheckpointError(
+            f"num_attention_heads must divide hidden_size where there is no head_dim: {path} has {heads} heads for "
+            f"hidden_size {hidden}."
+        )
+    kv_heads = sizes.get("num_key_value_heads")
+    if heads and kv_heads and heads % kv_heads:
+        raise CheckpointError(
+            f"num_key_value_heads must divide num_attention_heads: {path} has {kv_heads} and {heads}."
+        )

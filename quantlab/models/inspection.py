@@ -1,0 +1,151 @@
+"""What a checkpoint is, told from names, headers and its config before torch is imported.
+
+`inspect_checkpoint` reads no weights: a file is opened only for its header, and every count in it is bounded first.
+What passes here is safe to hand to transformers; values (NaN, Inf) and what only the model class knows are checked
+while the weights load.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from quantlab.config import CheckpointConfig
+from quantlab.errors import CheckpointError
+from quantlab.models.architectures import check_config, check_sizes, sizes_of
+from quantlab.models.families import family_of
+from quantlab.models.folder import PICKLES, Folder, open_folder, refused_pickle
+from quantlab.models.gguf_header import read_gguf
+from quantlab.models.gguf_names import architecture_of, config_of, hf_name
+from quantlab.models.precision import source_of_folder, source_of_gguf
+from quantlab.models.resolving import resolve
+from quantlab.models.shapes import check_shapes, linears_of
+
+__all__ = ["CheckpointInfo", "content_hash", "inspect_checkpoint", "resolve"]
+
+Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Name -> (dtype as the file names it, shape in torch's order)."""
+
+_HASHED = re.compile(
+    r"(config|generation_config|chat_template|.*token.*|vocab|.*index)\.json|.*\.(model|txt|jinja|py)"
+)
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A checkpoint that can be loaded, as far as its names, headers and config tell."""
+
+    path: Path
+    """Folder or `.gguf` file on this machine."""
+    kind: Literal["huggingface", "gguf"]
+    name: str
+    """What reports call it: the hub id, or the name of the folder or file."""
+    model_type: str
+    architecture: str
+    """The model class that config.json names, or the GGUF file's architecture."""
+    tensors: Tensors
+    """As stored; a GGUF file's tensors under the names that transformers gives them."""
+    num_parameters: int
+    """Elements of all stored tensors: a tied lm_head that is not stored counts once."""
+    source_precision: str
+    """`bfloat16`, or `dequantized Q4_1` for a checkpoint whose floats are another grid's."""
+    source_scheme: str | None
+    """The scheme on whose grid the weights already are."""
+    linears: Mapping[str, tuple[int, int]]
+    """Module name of every linear in the decoder layers -> (out_features, in_features)."""
+    vocab_size: int
+    """Rows of the input embedding."""
+    files: tuple[Path, ...]
+    """Weight files."""
+
+
+def inspect_checkpoint(config: CheckpointConfig) -> CheckpointInfo:
+    """Find a checkpoint, check all that can be told without its weights, and describe it.
+
+    Raises:
+        CheckpointError: it is missing, unsafe, damaged, of an unknown architecture, or disagrees with its config.
+    """
+    path = resolve(config.path, config.revision, trust_remote_code=config.trust_remote_code)
+    if path.is_dir():
+        name = config.path if not Path(config.path).expanduser().exists() else path.resolve().name
+        return _inspect_folder(path, name, open_folder(path), trust_remote_code=config.trust_remote_code)
+    if path.suffix == ".gguf":
+        return _inspect_gguf(path)
+    if path.suffix in PICKLES:
+        raise refused_pickle(path)
+    hint = f" Name its folder instead: {path.parent}." if path.suffix == ".safetensors" else ""
+    raise CheckpointError(f"checkpoint must be a folder or a .gguf file: {path} is neither.{hint}")
+
+
+def content_hash(info: CheckpointInfo) -> str:
+    """SHA-256 of all that decides a score: weights, config, tokenizer; of contents, never of places or times.
+
+    Renaming or moving the checkpoint keeps it; one changed bit in one file changes it.
+    """
+    if info.kind == "gguf":
+        files = {"model.gguf": info.path}
+    else:
+        others = [file for file in info.path.iterdir() if _HASHED.fullmatch(file.name)]
+        files = {file.name: file for file in {*info.files, *others}}
+    total = hashlib.sha256()
+    for name in sorted(files):
+        with files[name].open("rb") as file:
+            total.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _inspect_folder(path: Path, name: str, folder: Folder, *, trust_remote_code: bool) -> CheckpointInfo:
+    config_file = path / "config.json"
+    model_type = check_config(folder.config, config_file, trust_remote_code=trust_remote_code)
+    precision, scheme = source_of_folder(folder.config, folder.tensors, path)
+    tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in folder.tensors.items()}
+    return _info(
+        path, "huggingface", name, model_type, folder.config, tensors, (precision, scheme), folder.weights
+    )
+
+
+def _inspect_gguf(path: Path) -> CheckpointInfo:
+    header = read_gguf(path)
+    config = config_of(header, path)
+    architecture = architecture_of(header, path)
+    check_sizes(sizes_of(config, path), path)
+    tensors = {}
+    for stored_name, tensor in header.tensors.items():
+        name, stored = hf_name(stored_name, architecture, path)
+        shape = tensor.shape[::-1] if stored == "transposed" else tensor.shape
+        tensors[name] = (tensor.type.name, shape)
+    source = source_of_gguf(header.tensors)
+    return _info(path, "gguf", path.stem, architecture.model_type, config, tensors, source, (path,))
+
+
+def _info(
+    path: Path,
+    kind: Literal["huggingface", "gguf"],
+    name: str,
+    model_type: str,
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    source: tuple[str, str | None],
+    files: tuple[Path, ...],
+) -> CheckpointInfo:
+    sizes = sizes_of(config, path)
+    family = family_of(model_type)
+    vocab_size = check_shapes(tensors, sizes, family, path)
+    architectures = config.get("architectures") or [model_type]
+    return CheckpointInfo(
+        path=path,
+        kind=kind,
+        name=name,
+        model_type=model_type,
+        architecture=str(architectures[0]),
+        tensors=tensors,
+        num_parameters=sum(prod(shape) for _, shape in tensors.values()),
+        source_precision=source[0],
+        source_scheme=source[1],
+        linears=linears_of(tensors, family),
+        vocab_size=vocab_size,
+        files=files,
+    )

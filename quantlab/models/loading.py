@@ -1,0 +1,203 @@
+"""A checkpoint in memory: model, tokenizer and what they are, ready to be evaluated and nothing else.
+
+The model is in eval mode, needs no gradient, and holds exactly the checkpoint's weights: a tensor that is missing, of
+another shape, unknown to the model, or not finite is an error, since transformers would fill it with random numbers
+or drop it with a warning.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from quantlab.config import CheckpointConfig
+from quantlab.errors import CheckpointError, ConfigError, UserError
+from quantlab.models.families import Family, family_of
+from quantlab.models.gguf_header import read_gguf
+from quantlab.models.gguf_names import config_of
+from quantlab.models.gguf_weights import read_weights
+from quantlab.models.inspection import CheckpointInfo, inspect_checkpoint
+
+__all__ = ["Checkpoint", "load_checkpoint", "resolve_device", "resolve_dtype"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    info: CheckpointInfo
+    family: Family
+
+
+def load_checkpoint(config: CheckpointConfig, info: CheckpointInfo | None = None) -> Checkpoint:
+    """Load model and tokenizer.
+
+    Args:
+        config: the checkpoint, and the dtype and device it is loaded to.
+        info: what `inspect_checkpoint` said of it; inspected here where it is not given.
+
+    Raises:
+        CheckpointError: damaged, not finite, or not what its architecture asks for.
+        ConfigError: a device that this machine does not have.
+    """
+    device = resolve_device(config.device)
+    info = info or inspect_checkpoint(config)
+    with _quiet(), _one_sentence(info.path):
+        load = _load_gguf if info.kind == "gguf" else _load_folder
+        model, report = load(info, resolve_dtype(config.dtype, device), config.trust_remote_code)
+        _check_complete(report, info.path)
+        tokenizer = _load_tokenizer(info, config.trust_remote_code)
+        model = model.to(device).eval().requires_grad_(False)
+        _check_finite(model, info.path)
+    return Checkpoint(model, tokenizer, info, family_of(info.model_type))
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `auto`, `cpu`, `cuda` or `cuda:N` means on this machine."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {name!r} must exist: this machine has {torch.cuda.device_count()} CUDA devices. Use --device cpu."
+        )
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that `auto` or a name means: float32 on a CPU, bfloat16 elsewhere."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _load_folder(
+    info: CheckpointInfo, dtype: torch.dtype, trusted: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    config = AutoConfig.from_pretrained(info.path, trust_remote_code=trusted)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        info.path,
+        config=config,
+        dtype=dtype,
+        # Named, since a config.json may name another one, which transformers would fetch and run.
+        attn_implementation="sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager",
+        trust_remote_code=trusted,
+        use_safetensors=True,
+        local_files_only=True,
+        # Reported instead of raised, so that one error names what does not fit.
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    return model, report
+
+
+def _load_gguf(
+    info: CheckpointInfo, dtype: torch.dtype, trusted: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    header = read_gguf(info.path)
+    values = config_of(header, info.path)
+    config = AutoConfig.for_model(**values)
+    model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None,
+        config=config,
+        state_dict=read_weights(info.path, header, dtype),
+        dtype=dtype,
+        attn_implementation="sdpa",
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    model.generation_config = GenerationConfig.from_model_config(config)
+    return model, report
+
+
+def _load_tokenizer(info: CheckpointInfo, trusted: bool) -> PreTrainedTokenizerBase:
+    if info.kind == "gguf":
+        tokenizer = AutoTokenizer.from_pretrained(info.path.parent, gguf_file=info.path.name)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(info.path, trust_remote_code=trusted, local_files_only=True)
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def _check_complete(report: Mapping[str, Any], path: Path) -> None:
+    """Every weight of the model came from the checkpoint, and every tensor of the checkpoint went into it."""
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, found, expected = mismatched[0]
+        raise CheckpointError(
+            f"tensors must agree with the config: {path} holds {name!r} of shape {list(found)}, the model asks for "
+            f"{list(expected)}{_more(mismatched)}."
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(
+            f"checkpoint lacks weights of its model: {path} has no {missing[0]!r}{_more(missing)}."
+        )
+    if unexpected := sorted(report["unexpected_keys"]):
+        raise CheckpointError(
+            f"checkpoint holds weights that its model has no place for: {path} has {unexpected[0]!r}"
+            f"{_more(unexpected)}. config.json may be another model's."
+        )
+
+
+def _more(found: list[Any]) -> str:
+    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+
+
+def _check_finite(model: PreTrainedModel, path: Path) -> None:
+    """Every parameter and buffer is free of NaN and Inf, in the dtype it was loaded to."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        # The extremes carry NaN along, in one pass and without a mask of the tensor's size.
+        if torch.isfinite(torch.stack(tensor.aminmax())).all():
+            continue
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(
+            f"weights must be finite: {path} holds {bad} NaN or Inf among the {tensor.numel()} values of {name!r}, "
+            f"loaded as {str(tensor.dtype).removeprefix('torch.')}."
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and reports, which `_check_complete` turns into errors."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _one_sentence(path: Path) -> Iterator[None]:
+    """Whatever transformers raises about a checkpoint that passed inspection, as one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise CheckpointError(
+            f"checkpoint cannot be loaded: {path}: {type(error).__name__}: {reason[:300].rstrip('.')}."
+        ) from error

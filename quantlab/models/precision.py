@@ -1,0 +1,85 @@
+"""How the weights of a checkpoint are stored, and so what its "16 bits" are. No torch.
+
+A checkpoint that was quantized once stays on that grid when it is loaded in floats: its baseline is labelled
+"dequantized Q4_1", and a scheme on the same grid (`source_scheme`) changes nothing and is evidence of nothing.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from quantlab.errors import CheckpointError
+from quantlab.models.gguf_header import GgufTensor
+from quantlab.models.safetensors_header import StoredTensor
+
+GGUF_SCHEMES = {"Q4_0": "w4g32", "Q4_1": "w4g32z", "Q5_0": "w5g32", "Q5_1": "w5g32z", "Q8_0": "w8g32"}
+"""ggml type -> the scheme whose grid it is."""
+
+_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+Source = tuple[str, str | None]
+"""(source_precision, source_scheme)."""
+
+
+def source_of_gguf(tensors: Mapping[str, GgufTensor]) -> Source:
+    """The type of most weights of the decoder layers, by number of elements."""
+    kind = _most_common(
+        {name: (t.type.name, t.shape) for name, t in tensors.items() if name.startswith("blk.")}
+    )
+    if kind in _DTYPE_NAMES:
+        return _DTYPE_NAMES[kind], None
+    return f"dequantized {kind}", GGUF_SCHEMES.get(kind)
+
+
+def source_of_folder(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], path: Path) -> Source:
+    """The dtype of most weights, or what a quantized checkpoint's config says of itself.
+
+    Raises:
+        CheckpointError: quantized by a method whose checkpoints quantlab does not load.
+    """
+    quantization = config.get("quantization_config")
+    if quantization:
+        return _source_of_quantized(quantization, path)
+    kind = _most_common({name: (t.dtype, t.shape) for name, t in tensors.items()})
+    if kind not in _DTYPE_NAMES:
+        raise CheckpointError(
+            f"weights must be floats of 16 bits or more, or say how they were quantized: most of {path} is {kind} "
+            f"and its config.json has no quantization_config."
+        )
+    return _DTYPE_NAMES[kind], None
+
+
+def _source_of_quantized(quantization: Any, path: Path) -> Source:
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method != "compressed-tensors":
+        raise CheckpointError(
+            f"checkpoint must be in floats or in compressed-tensors: {path} was quantized by {method!r}. Use the "
+            f"checkpoint that it was made from."
+        )
+    groups = quantization.get("config_groups")
+    if not isinstance(groups, dict) or len(groups) != 1:
+        return "compressed-tensors of several groups", None
+    (group,) = groups.values()
+    try:
+        scheme = _weights_of(group["weights"])
+        activations = group.get("input_activations")
+        scheme += "" if activations is None else f"a{activations['num_bits']}"
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"quantization_config must describe its weights: {path}: {error!r}.") from error
+    return f"compressed-tensors {scheme}", scheme
+
+
+def _weights_of(weights: Mapping[str, Any]) -> str:
+    """`w4g32z` for the weights of a config group."""
+    granularity = {"group": f"g{weights.get('group_size')}", "tensor": "t"}.get(weights["strategy"], "")
+    return f"w{weights['num_bits']}{granularity}{'' if weights['symmetric'] else 'z'}"
+
+
+def _most_common(stored: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
+    """The type that holds most elements."""
+    elements: Counter[str] = Counter()
+    for kind, shape in stored.values():
+        elements[kind] += prod(shape)
+    return elements.most_common(1)[0][0] if elements else "nothing"
