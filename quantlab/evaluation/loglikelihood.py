@@ -90,8 +90,13 @@ def unshared_loglikelihoods(
 
 
 def token_logprobs(logits_RV: Tensor, place_S: Ids, target_S: Ids) -> Scores:
-    """log softmax(logits_RV[place])[target] of each pair; the normaliser is in float32, a few rows at a time."""
-    normaliser_R = torch.cat([rows.float().logsumexp(-1) for rows in logits_RV.split(_ROWS_AT_ONCE)])
+    """log softmax(logits_RV[place])[target] of each pair; in float32 at least, a few rows at a time."""
+    normaliser_R = torch.cat(
+        [
+            rows.to(torch.promote_types(rows.dtype, torch.float32)).logsumexp(-1)
+            for rows in logits_RV.split(_ROWS_AT_ONCE)
+        ]
+    )
     place, target = (torch.from_numpy(index).to(logits_RV.device) for index in (place_S, target_S))
     logprob_S = logits_RV[place, target].double() - normaliser_R[place].double()
     result: Scores = logprob_S.cpu().numpy()
