@@ -239,12 +239,7 @@ def plain(value: Any) -> Any:
 @cache
 def source_hash() -> str:
     """SHA-256 over names and contents of the Python sources of `probes` and `quantlab`: the code's version."""
-    digest = hashlib.sha256()
-    packages = Path(__file__).resolve().parent.parent
-    for path in sorted(p for name in ("probes", "quantlab") for p in (packages / name).rglob("*.py")):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(packages).as_posix()}\0{len(content)}\0".encode() + content)
-    return digest.hexdigest()
+    return _tree_hash(Path(__file__).resolve().parent.parent, ("probes", "quantlab"))
 
 
 # ---- details
@@ -346,6 +341,14 @@ def _table(task: str, columns: Columns) -> "pyarrow.Table":
     tasks = pyarrow.array([task] * lengths.pop(), pyarrow.string())
     arrays = {name: pyarrow.array(column) for name, column in columns.items()}
     return pyarrow.table({"task": tasks} | arrays)
+
+
+def _tree_hash(root: Path, packages: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for package in packages for path in (root / package).rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
 
 
 def _sha256(content: bytes) -> str:

@@ -1,0 +1,271 @@
+"""Intervals cover what they promise, agree with published examples, and are honest where data say nothing."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from quantlab.statistics import (
+    Estimate,
+    holm,
+    mcnemar_exact,
+    mean,
+    minimum_detectable_effect,
+    paired_difference,
+    paired_ratio_difference,
+    proportion,
+    ratio,
+)
+
+finite = st.floats(-1e6, 1e6)
+rows = st.lists(finite, min_size=2, max_size=30)
+outcome_pairs = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40)
+
+
+def ones(num_ones: int, n: int) -> list[int]:
+    return [1] * num_ones + [0] * (n - num_ones)
+
+
+# ---- published and hand-computed values
+
+
+def test_mean_of_three_by_hand():
+    estimate = mean([1.0, 2.0, 4.0])
+    assert estimate.value == pytest.approx(7 / 3)
+    assert estimate.stderr == pytest.approx(math.sqrt(7 / 3 / 3))
+    low, high = stats.t.interval(0.95, 2, loc=7 / 3, scale=math.sqrt(7 / 9))
+    assert (estimate.low, estimate.high, estimate.n) == (pytest.approx(low), pytest.approx(high), 3)
+
+
+@pytest.mark.parametrize(
+    ("num_ones", "n", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_interval_is_newcombes_table(num_ones, n, low, high):
+    # Newcombe 1998, Statistics in Medicine 17, table I, method 3.
+    estimate = proportion(ones(num_ones, n))
+    assert (round(estimate.low, 4), round(estimate.high, 4)) == (low, high)
+
+
+def test_wilson_interval_is_scipys():
+    for num_ones, n in [(0, 5), (3, 5), (5, 5), (40, 64), (2511, 10042)]:
+        reference = stats.binomtest(num_ones, n).proportion_ci(method="wilson")
+        estimate = proportion(ones(num_ones, n))
+        assert (estimate.low, estimate.high) == pytest.approx((reference.low, reference.high), abs=1e-12)
+
+
+def test_proportions_stderr_is_sample_std_over_root_n():
+    outcomes = ones(30, 100)
+    assert proportion(outcomes).stderr == pytest.approx(np.std(outcomes, ddof=1) / 10, rel=1e-14)
+
+
+def test_ratio_of_two_blocks_by_hand():
+    # R = 3/5, residuals y - R x = -0.2 and 0.2, stderr^2 = 2/1 * 0.08 / 25
+    estimate = ratio([1.0, 2.0], [2, 3])
+    assert estimate.value == pytest.approx(0.6)
+    assert estimate.stderr == pytest.approx(0.08)
+    assert estimate.high - 0.6 == pytest.approx(stats.t.ppf(0.975, 1) * 0.08)
+
+
+def test_ratio_of_equal_blocks_is_the_mean_of_their_rates():
+    nats = np.random.default_rng(0).gamma(5, size=12)
+    by_block, by_mean = ratio(nats * 7, np.full(12, 7)), mean(nats)
+    for name in ("value", "stderr", "low", "high"):
+        assert getattr(by_block, name) == pytest.approx(getattr(by_mean, name))
+
+
+def test_paired_binary_interval_by_hand():
+    # 21 items, 1 only by a, 7 only by b: p10 = 2/23, p01 = 8/23.
+    a = [1] + [0] * 7 + [1] * 1 + [0] * 12
+    b = [0] + [1] * 7 + [1] * 1 + [0] * 12
+    estimate = paired_difference(a, b)
+    assert estimate.value == pytest.approx(-6 / 21)
+    half = stats.norm.ppf(0.975) * math.sqrt((10 / 23 - (6 / 23) ** 2) / 23)
+    assert (estimate.low, estimate.high) == pytest.approx((-6 / 23 - half, -6 / 23 + half))
+
+
+def test_paired_difference_is_the_one_sample_t():
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=20), rng.normal(size=20)
+    reference = stats.ttest_rel(a, b).confidence_interval(0.95)
+    estimate = paired_difference(a, b)
+    assert (estimate.low, estimate.high) == pytest.approx((reference.low, reference.high))
+
+
+@pytest.mark.parametrize(("won", "lost"), [(5, 1), (0, 6), (9, 9), (1, 0), (0, 0), (300, 251)])
+def test_mcnemar_is_the_exact_binomial_test(won, lost):
+    a, b = ones(won, won + lost + 3), [0] * won + [1] * lost + [0] * 3
+    reference = stats.binomtest(won, won + lost).pvalue if won + lost else 1.0
+    assert mcnemar_exact(a, b) == pytest.approx(reference, rel=1e-10)
+
+
+def test_mcnemar_of_five_against_one_by_hand():
+    assert mcnemar_exact(ones(5, 6), [0] * 5 + [1]) == pytest.approx(2 * (1 + 6) / 64)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.04, 0.01, 0.02, 0.03]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == pytest.approx([1.0, 1.0])
+    assert holm([]).shape == (0,)
+
+
+def test_minimum_detectable_effect_is_where_the_power_is_80_percent():
+    rng = np.random.default_rng(2)
+    for n in (3, 16, 64, 2000):
+        differences = rng.normal(size=n)
+        shift = minimum_detectable_effect(differences) / (differences.std(ddof=1) / math.sqrt(n))
+        power = stats.nct.sf(stats.t.ppf(0.975, n - 1), n - 1, shift)
+        assert power == pytest.approx(0.8, abs=1e-6)
+
+
+def test_half_a_deviation_takes_34_pairs():
+    # The textbook case: d = 0.5, two-sided 5%, power 80% needs n = 34.
+    def unit(n: int) -> np.ndarray:
+        x = np.arange(n, dtype=float)
+        return (x - x.mean()) / x.std(ddof=1)
+
+    assert minimum_detectable_effect(unit(34)) < 0.5 < minimum_detectable_effect(unit(33))
+
+
+# ---- coverage: share of simulated sets whose interval holds the truth
+
+NUM_SETS = 2000
+NOISE = 3 * math.sqrt(0.95 * 0.05 / NUM_SETS)  # three standard errors of a coverage of 95%
+
+
+def coverage(draw, truth: float) -> float:
+    rng = np.random.default_rng(3)
+    estimates = [draw(rng) for _ in range(NUM_SETS)]
+    return float(np.mean([e.low <= truth <= e.high for e in estimates]))
+
+
+@pytest.mark.parametrize("n", [5, 64])
+def test_t_interval_covers_95_percent(n):
+    assert abs(coverage(lambda rng: mean(rng.normal(2.0, 3.0, n)), 2.0) - 0.95) < NOISE
+
+
+@pytest.mark.parametrize("p", [0.25, 0.5, 0.95])
+def test_wilson_interval_covers_about_95_percent(p):
+    # Discrete outcomes cannot meet 95% exactly: Wilson's coverage at n = 64 stays within 2.5 points of it.
+    assert abs(coverage(lambda rng: proportion(rng.random(64) < p), p) - 0.95) < NOISE + 0.025
+
+
+def test_ratio_covers_although_tokens_of_a_block_hang_together():
+    def draw(rng):
+        tokens = rng.integers(50, 150, 40)
+        level = rng.normal(3.0, 0.5, 40)  # shared by all tokens of a block
+        return ratio(tokens * level, tokens)
+
+    assert abs(coverage(draw, 3.0) - 0.95) < NOISE + 0.01
+
+
+@pytest.mark.parametrize(("won", "lost"), [(0.02, 0.02), (0.1, 0.03), (0.3, 0.1)])
+def test_paired_binary_interval_covers_at_least_94_percent(won, lost):
+    def draw(rng):
+        u = rng.random(64)
+        return paired_difference(u < won, (u >= won) & (u < won + lost))
+
+    assert coverage(draw, won - lost) > 0.94 - NOISE
+
+
+# ---- honesty at the edges
+
+
+def test_one_item_has_no_spread_to_speak_of():
+    for estimate in (mean([2.0]), ratio([6.0], [3]), paired_difference([2.5], [0.5])):
+        assert estimate == Estimate(2.0, math.inf, -math.inf, math.inf, 1)
+    assert minimum_detectable_effect([0.5]) == math.inf
+
+
+def test_one_outcome_still_bounds_a_proportion():
+    estimate = proportion([1])
+    assert (estimate.value, estimate.stderr, estimate.high) == (1.0, math.inf, 1.0)
+    assert 0.2 < estimate.low < 0.21
+
+
+def test_no_change_among_few_items_is_not_certainty():
+    estimate = paired_difference(ones(40, 64), ones(40, 64))
+    assert (estimate.value, estimate.stderr) == (0.0, 0.0)
+    assert estimate.low < -0.02 and estimate.high > 0.02
+
+
+def test_summary_is_json_with_null_for_what_is_not_finite():
+    summary = mean([2.0]).summary("margin")
+    assert summary == {"margin": 2.0, "margin_stderr": None, "margin_interval": [None, None]}
+    json.dumps(mean([math.nan, 1.0]).summary("acc"), allow_nan=False)
+
+
+@pytest.mark.parametrize("call", [lambda: mean([]), lambda: paired_difference([1.0], [1.0, 2.0])])
+def test_wrong_shapes_are_our_own_bug(call):
+    with pytest.raises(AssertionError, match="items"):
+        call()
+
+
+def test_outcomes_other_than_0_and_1_are_our_own_bug():
+    with pytest.raises(AssertionError, match="0 or 1"):
+        proportion([0.5])
+    with pytest.raises(AssertionError, match="0 or 1"):
+        mcnemar_exact([2], [0])
+
+
+# ---- properties
+
+
+@given(rows)
+def test_the_interval_holds_the_value(values):
+    estimate = mean(values)
+    assert estimate.low <= estimate.value <= estimate.high and estimate.stderr >= 0
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=60))
+def test_a_proportions_interval_lies_within_0_and_1_and_holds_it(outcomes):
+    estimate = proportion(outcomes)
+    assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
+
+
+@given(outcome_pairs)
+def test_swapping_the_arms_turns_the_sign(pairs):
+    a, b = zip(*pairs, strict=True)
+    ab, ba = paired_difference(a, b), paired_difference(b, a)
+    assert (ab.value, ab.low, ab.high) == pytest.approx((-ba.value, -ba.high, -ba.low))
+    assert -1 <= ab.low <= ab.value <= ab.high <= 1
+    assert mcnemar_exact(a, b) == mcnemar_exact(b, a)
+
+
+@given(rows, st.floats(0.1, 100))
+def test_a_ratio_scales_with_its_numerators(numerators, factor):
+    denominators = np.arange(1, len(numerators) + 1)
+    one, scaled = ratio(numerators, denominators), ratio(np.multiply(numerators, factor), denominators)
+    assert scaled.value == pytest.approx(one.value * factor, abs=1e-3)
+    assert scaled.stderr == pytest.approx(one.stderr * factor, abs=1e-3)
+
+
+@given(st.lists(st.tuples(finite, finite), min_size=2, max_size=30))
+def test_a_paired_ratio_difference_is_the_difference_of_the_ratios(pairs):
+    a, b = zip(*pairs, strict=True)
+    x = np.arange(1, len(pairs) + 1)
+    estimate = paired_ratio_difference(a, b, x)
+    assert estimate.value == pytest.approx(ratio(a, x).value - ratio(b, x).value, abs=1e-6)
+    assert paired_ratio_difference(a, a, x) == Estimate(0.0, 0.0, 0.0, 0.0, len(pairs))
+
+
+def test_pairing_is_what_makes_a_small_difference_visible():
+    rng = np.random.default_rng(4)
+    tokens, level = rng.integers(50, 150, 30), rng.normal(3.0, 0.5, 30)
+    worse = level + 0.01 + rng.normal(0, 0.01, 30)
+    estimate = paired_ratio_difference(tokens * worse, tokens * level, tokens)
+    assert estimate.low > 0 and estimate.stderr < ratio(tokens * level, tokens).stderr / 10
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.randoms(use_true_random=False))
+def test_holm_keeps_the_order_and_never_helps(p_values, random):
+    adjusted = holm(p_values)
+    assert (adjusted >= p_values).all() and (adjusted <= 1).all()
+    assert (np.diff(adjusted[np.argsort(p_values, kind="stable")]) >= 0).all()
+    order = random.sample(range(len(p_values)), len(p_values))
+    assert holm(np.take(p_values, order)) == pytest.approx(adjusted[order])
