@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -31,7 +31,7 @@ def records_table(run: Run) -> Table:
     )
     note = (
         "Key: SHA-256 of what made the record. Code: of the sources. Settings: of the resolved configuration. "
-        "The file holds all of it. Data: of the texts and documents. Hashes are cut to 12 digits here and whole in the files."
+        "Data: of the texts and documents. The files hold all of it; hashes are cut to 12 digits here."
     )
     return Table("records", "Records", columns, grouped(pairs), note)
 
@@ -96,10 +96,9 @@ def _quantized_rows(cell: Cell) -> list[tuple[Entry, ...]]:
     if modules.empty:
         return [(scheme, shares, *[Entry()] * 7)]
     modules["name"] = modules["name"].astype(str).str.replace(r"\.\d+(?=\.|$)", ".*", regex=True)
-    rows = []
-    for (name, action, why, bits, kernel), group in modules.groupby(
-        ["name", *_SAME], sort=False, dropna=False
-    ):
+    rows: list[tuple[Entry, ...]] = []
+    for kind, group in modules.groupby(["name", *_SAME], sort=False, dropna=False):
+        name, action, why, bits, kernel = cast("tuple[Any, ...]", kind)
         count = number(len(group), 0, cell.ref)
         weights = number(pd.to_numeric(group["num_weights"]).sum(), 0, cell.ref)
         named = (text(name), text(why, limit=160), number(bits, 0, cell.ref), text(kernel))

@@ -1,0 +1,83 @@
+"""What a reader must keep in mind, computed from the records: samples, baselines, kernels, holes and damage."""
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from reports.load import BASELINE, Run
+from reports.names import visible
+from reports.outliers import TENSORS, unprofiled
+
+_PLAIN_PRECISIONS = ("float32", "bfloat16", "float16", "F32", "BF16", "F16", "")
+
+
+def cautions(run: Run, scores: pd.DataFrame, outliers: pd.DataFrame) -> list[str]:
+    """Sentences, the gravest first."""
+    return [
+        *_damage(run),
+        *_baselines(scores),
+        *_kernels(scores),
+        *_samples(scores),
+        *_profiles(run, outliers),
+    ]
+
+
+def _damage(run: Run) -> Iterator[str]:
+    if run.problems:
+        files = ", ".join(visible(problem.file) for problem in run.problems)
+        yield f"Damaged files were left out: {files}. Run the sweep again to replace them."
+    if run.holes:
+        cells = ", ".join(
+            f"{visible(hole.checkpoint)} {visible(hole.scheme)} ({hole.kind})" for hole in run.holes
+        )
+        yield f"Planned but not recorded: {cells}. The run has not finished, or a cell failed."
+    if run.num_unplanned:
+        yield f"{run.num_unplanned} further records in the folder belong to other settings or sources and are not used."
+
+
+def _baselines(scores: pd.DataFrame) -> Iterator[str]:
+    for checkpoint, rows in scores[scores["status"] == "recorded"].groupby("checkpoint", sort=False):
+        name = visible(checkpoint)
+        precision = str(rows["baseline_precision"].iloc[0])
+        if precision not in _PLAIN_PRECISIONS:
+            yield (
+                f"{name} was quantized before: its baseline {BASELINE} is “{visible(precision)}”, and every change is "
+                "measured from there, not from the weights that were trained."
+            )
+        for scheme, reason in rows.loc[rows["no_evidence"] != "", ["scheme", "no_evidence"]].itertuples(
+            index=False
+        ):
+            yield f"† {name} {visible(scheme)}: {visible(reason, 200)}."
+        alone = rows[rows["note"] != ""]
+        for scheme, note in alone[["scheme", "note"]].itertuples(index=False):
+            yield f"{name} {visible(scheme)}: {visible(note, 200)}."
+
+
+def _kernels(scores: pd.DataFrame) -> Iterator[str]:
+    rows = scores[(scores["scheme"] != BASELINE) & (scores["kernel"] != "")]
+    for kernel, group in rows.groupby("kernel", sort=True):
+        names = ", ".join(dict.fromkeys(visible(scheme) for scheme in group["scheme"]))
+        yield f"Kernel “{visible(kernel)}”: {names}."
+
+
+def _samples(scores: pd.DataFrame) -> Iterator[str]:
+    texts = []
+    for column, unit in (("n", "HellaSwag documents"), ("num_tokens", "tokens of text")):
+        values = scores[column].dropna()
+        if len(values):
+            low, high = f"{values.min():,.0f}", f"{values.max():,.0f}"
+            texts.append(f"{low if low == high else f'{low} to {high}'} {unit}")
+    if texts:
+        yield (
+            f"Scores are of {' and '.join(texts)}, one task and one text. The 95% intervals speak of other "
+            "documents and other text like these, not of other tasks or of a model trained again."
+        )
+
+
+def _profiles(run: Run, outliers: pd.DataFrame) -> Iterator[str]:
+    for checkpoint, reason in unprofiled(run).items():
+        yield f"Attention logits of {visible(checkpoint)} were not seen: {visible(reason, 300)}"
+    for row in outliers.to_dict("records"):
+        for name, what in (("nan", "NaN"), ("inf", "infinite")):
+            if row[name] > 0:
+                yield f"{visible(row['checkpoint'])}: {row[name]:,.0f} {what} values among {TENSORS[row['tensor']]}."
