@@ -25,6 +25,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+USAGE_ERROR: Any = typer.BadParameter.__base__
+"""click's UsageError, which typer carries inside itself or imports, by version."""
+
 
 class Topic(StrEnum):
     """What `quantlab list` lists."""
@@ -261,16 +264,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _exit_code(arguments: list[str]) -> int:
-    import click
-
     try:
         code = app([_dashed(argument) for argument in arguments], prog_name="quantlab", standalone_mode=False)
     except UserError as error:
         return _complain(error, 2)
-    except click.exceptions.UsageError as error:
+    except USAGE_ERROR as error:
         error.show()
         return 2
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return _complain(
             "interrupted; what was recorded is kept, and the same command goes on from there.", 130
         )

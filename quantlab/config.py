@@ -180,6 +180,10 @@ class RunConfig(Section):
         """Where the run's records and report go."""
         return self.out or Path("runs") / self.name
 
+    def recorded(self) -> dict[str, Any]:
+        """The configuration as records hold it: without where results go and who computes them."""
+        return self.model_dump(mode="json", exclude={"name", "out", "sweep"})
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run described by a YAML file, with `section.key=value` overrides applied.

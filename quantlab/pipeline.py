@@ -166,7 +166,7 @@ def run_job(job: Job, advance: Advance) -> None:
             result, items = profile_cell(checkpoint, job.config.profile, advance)
         else:
             result, items = evaluate_cell(checkpoint, Scheme.parse(job.cell.scheme), job.config, advance)
-        record = Record.of(job.cell.kind, job.made_by, job.config.model_dump(mode="json"), result)
+        record = Record.of(job.cell.kind, job.made_by, job.config.recorded(), result)
         store.put(record, items, _sidecar(perf_counter() - wall, process_time() - cpu))
 
 
@@ -212,14 +212,15 @@ _TASKS = {"hellaswag": _hellaswag, "perplexity": _perplexity}
 
 def _jobs(config: RunConfig, infos: Sequence[CheckpointInfo], data: dict[str, str]) -> list[Job]:
     """Every cell of the run with what makes its record."""
-    from quantlab.models.loading import placement
+    from quantlab.models.loading import resolve_device, resolve_dtype
 
     sources = []
     for checkpoint, info in zip(config.checkpoints, infos, strict=True):
-        device, dtype = placement(checkpoint)
+        device = resolve_device(checkpoint.device)
+        dtype = str(resolve_dtype(checkpoint.dtype, device)).removeprefix("torch.")
         known = {"name": info.name, "content_hash": content_hash(info), "architecture": info.architecture}
         known |= {"num_parameters": info.num_parameters, "source_precision": info.source_precision}
-        known |= {"source_scheme": info.source_scheme, "device": device, "dtype": dtype}
+        known |= {"source_scheme": info.source_scheme, "device": device.type, "dtype": dtype}
         sources.append(known)
     return [
         Job(cell, config, _made_by(cell, config, sources[cell.checkpoint], data)) for cell in plan(config)

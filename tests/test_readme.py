@@ -1,0 +1,61 @@
+"""The README's commands and its Python example run as they stand, on a toy model in the place of the hub's."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.toys import save_checkpoint
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+HUB_ID = "HuggingFaceTB/SmolLM2-135M"
+COMMANDS = re.findall(r"^quantlab .+$", README, flags=re.MULTILINE)
+EXAMPLE = "\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder with a toy model whose sizes take groups of 64."""
+    folder = tmp_path_factory.mktemp("readme")
+    save_checkpoint("llama", folder / HUB_ID, intermediate_size=128)
+    return folder
+
+
+def _run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_there_is_something_to_run() -> None:
+    assert {line.split()[1] for line in COMMANDS} == {
+        "profile",
+        "evaluate",
+        "sweep",
+        "report",
+        "quantize",
+        "list",
+    }
+
+
+@pytest.mark.parametrize("line", COMMANDS, ids=lambda line: line.split()[1])
+def test_command_runs(line: str, workplace: Path) -> None:
+    done = _run(["-m", "quantlab", *line.split()[1:]], workplace)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() and "Traceback" not in done.stderr
+
+
+def test_example_runs(workplace: Path) -> None:
+    done = _run(["-c", f"MODEL = {HUB_ID!r}\n{EXAMPLE}"], workplace)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2
+
+
+def test_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    assert links and all((ROOT / link).exists() for link in links), links
