@@ -162,8 +162,10 @@ def test_an_interrupt_ends_the_workers(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_cells([("sleep", str(tmp_path / "pid"))] * 2, compute, workers=2, on_event=interrupt)
-    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+        cells = [("sleep", str(tmp_path / name)) for name in ("first", "second")]
+        run_cells(cells, compute, workers=2, on_event=interrupt)
+    pids = [int(path.read_text()) for path in tmp_path.iterdir()]
+    assert pids and not any(map(psutil.pid_exists, pids))
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
