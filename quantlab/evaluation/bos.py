@@ -5,7 +5,6 @@ always   one BOS token, whether the tokenizer adds it or not
 never    no special token
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,14 +27,13 @@ class Bos:
     token: str | None
     """The text that no context may begin with, since it would be a second BOS; none when no BOS is added."""
 
-    def check(self, texts: Sequence[str], name: str) -> None:
-        """Refuse texts that carry a BOS of their own where one is added."""
-        for place, text in enumerate(texts):
-            if self.token and text.startswith(self.token):
-                raise EvaluationError(
-                    f"a context must have one BOS token: {name} {place} already begins with {self.token!r}, and the "
-                    "BOS policy adds another. Use bos=never."
-                )
+    def check(self, text: str, name: str) -> None:
+        """Refuse a text that carries a BOS of its own where one is added."""
+        if self.token and text.startswith(self.token):
+            raise EvaluationError(
+                f"a context must have one BOS token: {name} already begins with {self.token!r}, and the BOS policy "
+                "adds another. Use bos=never."
+            )
 
 
 def resolve_bos(tokenizer: Any, policy: Literal["auto", "always", "never"]) -> Bos:

@@ -46,7 +46,8 @@ def encode_documents(
     """
     contexts = [document.query.rstrip() for document in documents]
     wholes = [f"{document.query} {ending}" for document in documents for ending in document.endings]
-    bos.check(contexts, "document")
+    for document in documents:
+        bos.check(document.query, f"document {document.position}")
     ids = _encode(tokenizer, contexts + wholes, bos)
     check_ids(np.array([max(row, default=-1) for row in ids], dtype=np.int64), num_embeddings)
     tails = iter(ids[len(contexts) :])

@@ -1,0 +1,75 @@
+"""Perplexity: nats per token by definition, whatever the batch, with the interval of its blocks."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from quantlab.config import TextConfig
+from quantlab.data.text import TextBlocks, text_blocks
+from quantlab.errors import CheckpointError, EvaluationError
+from quantlab.evaluation.perplexity import PerplexityScores, evaluate_perplexity
+from tests.toys import NUM_TOKENS, toy_model, toy_tokenizer
+
+
+def blocks(**config: int) -> TextBlocks:
+    text = TextConfig(**{"sequence_length": 48, "num_sequences": 5} | config)
+    return text_blocks(text, toy_tokenizer(), num_embeddings=NUM_TOKENS)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bloom"])
+def test_nats_are_the_cross_entropy_of_every_token_but_the_first(name: str) -> None:
+    model, text = toy_model(name, gain=2.0), blocks()
+    with torch.no_grad():
+        logits = model(torch.from_numpy(text.ids_NT)).logits.double()
+    targets = torch.from_numpy(text.ids_NT[:, 1:, None])
+    expected = -logits.log_softmax(-1)[:, :-1].gather(-1, targets).sum((1, 2)).numpy()
+    found = evaluate_perplexity(model, text)
+    # 47 tokens of about 7 nats; a float32 logit of about 10 is good to 1e-6.
+    np.testing.assert_allclose(found.nats_N, expected, rtol=1e-6, atol=47 * 2e-6)
+    summary = found.summary()
+    assert summary["num_tokens"] == 5 * 47 and summary["num_blocks"] == 5 and summary["sequence_length"] == 48
+    assert summary["nats_per_token"] == pytest.approx(expected.sum() / (5 * 47))
+    assert summary["perplexity"] == pytest.approx(math.exp(summary["nats_per_token"]))
+    low, high = summary["perplexity_interval"]
+    assert low < summary["perplexity"] < high
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+
+
+@pytest.mark.parametrize("batch_size", [2, 8, "auto"])
+def test_no_batch_size_changes_a_score(batch_size: int) -> None:
+    model, text = toy_model("llama", gain=2.0), blocks()
+    done: list[int] = []
+    one = evaluate_perplexity(model, text, batch_size=1)
+    many = evaluate_perplexity(model, text, batch_size=batch_size, advance=done.append)
+    np.testing.assert_allclose(many.nats_N, one.nats_N, rtol=1e-6, atol=47 * 2e-6)
+    assert sum(done) == 5 and many.items()["item"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_drawn_block_keeps_its_place_in_the_text() -> None:
+    config = TextConfig(sequence_length=48, num_sequences=3, sampling="draw", seed=1)
+    drawn = text_blocks(config, toy_tokenizer(), num_embeddings=NUM_TOKENS)
+    items = evaluate_perplexity(toy_model("llama"), drawn).items()
+    assert items["item"].tolist() == drawn.index_N.tolist() and items["num_tokens"].tolist() == [47] * 3
+
+
+def test_a_hopeless_model_has_no_perplexity_rather_than_infinity() -> None:
+    scores = PerplexityScores(np.array([1e5, 2e5]), np.arange(2), 2, "0" * 64, "toy")
+    assert scores.summary()["perplexity"] is None and scores.summary()["nats_per_token"] == 1.5e5
+
+
+def test_a_score_that_is_not_a_number_names_its_block() -> None:
+    model = toy_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.inf
+    with pytest.raises(EvaluationError, match="must be finite: block 0 of wikitext-2-raw test"):
+        evaluate_perplexity(model, blocks())
+
+
+def test_texts_that_do_not_fit_the_model_are_refused() -> None:
+    with pytest.raises(EvaluationError, match="must fit in the model's 32 positions: the longest has 47"):
+        evaluate_perplexity(toy_model("gpt2", n_positions=32), blocks())
+    with pytest.raises(CheckpointError, match=r"gives id \d+, the embedding has 100 rows"):
+        evaluate_perplexity(toy_model("llama", vocab_size=100), blocks())
