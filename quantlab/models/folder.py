@@ -19,6 +19,8 @@ from quantlab.models.safetensors_header import (
 )
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_TOKENIZERS = ("tokeniz", "vocab", "merges", "spiece", "tiktoken", "tekken")
+"""What the names of tokenizer files of all kinds hold."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -60,6 +62,10 @@ def open_folder(path: Path) -> Folder:
             _check_shard(file, {name for name, shard in mapping.items() if shard == file.name}, header)
     if not tensors:
         raise CheckpointError(f"checkpoint must hold weights: {path} holds no tensor.")
+    if not any(name in file.name for file in path.iterdir() for name in _TOKENIZERS):
+        raise CheckpointError(
+            f"checkpoint must hold its tokenizer: {path} has no tokenizer.json. Save the tokenizer beside the weights."
+        )
     return Folder(config, tuple(files), tensors)
 
 

@@ -147,6 +147,8 @@ def config_of(header: GgufHeader, path: Path) -> dict[str, Any]:
     config |= _given(
         header, {f"tokenizer.ggml.{key}_token_id": value for key, value in _TOKEN_IDS.items()}, path
     )
+    if not isinstance(header.metadata.get("tokenizer.ggml.tokens"), GgufArray):
+        raise CheckpointError(f"checkpoint must hold its tokenizer: {path} has no tokenizer.ggml.tokens.")
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"checkpoint must hold an embedding: {path} has no matrix token_embd.weight.")

@@ -20,6 +20,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging
 
@@ -130,7 +131,8 @@ def _load_gguf(
 
 def _load_tokenizer(info: CheckpointInfo, trusted: bool) -> PreTrainedTokenizerBase:
     if info.kind == "gguf":
-        tokenizer = AutoTokenizer.from_pretrained(info.path.parent, gguf_file=info.path.name)
+        # Built directly: from_pretrained would prefer any tokenizer.json that lies beside the file.
+        tokenizer = PreTrainedTokenizerFast(name_or_path=str(info.path.parent), gguf_file=info.path.name)
     else:
         tokenizer = AutoTokenizer.from_pretrained(info.path, trust_remote_code=trusted, local_files_only=True)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)

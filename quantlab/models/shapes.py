@@ -98,6 +98,6 @@ def _predicted(sizes: Sizes, family: Family) -> dict[str, Shape]:
 
 def _disagrees(name: str, found: Shape, expected: Shape, path: Path) -> CheckpointError:
     return CheckpointError(
-        f"tensors must agree with the config: {path} holds {name!r} of shape {list(found)}, config.json asks for "
+        f"tensors must agree with the config: {path} holds {name!r} of shape {list(found)}, the config asks for "
         f"{list(expected)}."
     )
