@@ -1,7 +1,7 @@
 """Scheme: what is quantized and how, a value whose name is built from its numbers and parses back.
 
 A name is a row of parts, then after dashes the weight method and the transforms: `w4g64a8l6t`. A part is a
-letter, its bits (2 to 8; 16 means untouched and is left out) and its granularity (the first one when left out):
+letter, its bits (2 to 8; 16 means untouched and is left out) and its granularity (left out: the first one):
 
     w   weights of linears        c output channel, t tensor, gN groups of N along the input
     a   inputs of linears         r token, t sequence, c channel of a sequence, gN groups within a token
@@ -9,9 +9,9 @@ letter, its bits (2 to 8; 16 means untouched and is left out) and its granularit
     p   attention probabilities   as l
     q k v kv                      outputs of projections, cache: known, and refused by this version
 
-Then `z` for asymmetric (a zero point) and `s` for static. The baseline is `w16`. A tensor of logits is all heads
-and maps of one layer and one sequence, never a batch. Case, order and extra dashes parse (`W4A16-g128`, `A8-W8`);
-the canonical name is what is printed, recorded and compared.
+Then `z` for asymmetric (a zero point) and `s` for static. The baseline is `w16`. A tensor of logits is all
+heads and maps of one layer and one sequence, never a batch. Case, order and extra dashes parse (`W4A16-g128`,
+`A8-W8`); the canonical name is what is printed, recorded and compared.
 """
 
 import re

@@ -1,0 +1,90 @@
+"""Changes: what a scheme did to every weight matrix and site of a model, and what the result weighs. No torch."""
+
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+__all__ = ["Change", "Changes"]
+
+UNTOUCHED_BITS = 16
+"""Bits of a value that stays as it is, whatever dtype it is computed in."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One weight matrix, or one attention site."""
+
+    name: str
+    """Dotted name in the model."""
+    action: Literal["swapped", "skipped"]
+    why: str
+    """What it became, or why it stays."""
+    bits: int
+    """Bits that a weight carries; at a site, bits of a value that passes."""
+    num_weights: int
+    """Weights of the matrix; 0 at a site, and for a matrix tied to an earlier one."""
+    kernel: str = ""
+    """How it is computed: a name of `quantlab.kernels`."""
+    storage_bits: int = 0
+    """Bits of the whole matrix on disk, packed densely, with its scales (16 bits) and zero points (`bits`)."""
+    in_decoder: bool = True
+    """Whether it belongs to a decoder layer; only such weights enter the shares."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """The table of changes, with its sums. The baseline has no rows."""
+
+    scheme: str
+    """Canonical name."""
+    rows: tuple[Change, ...]
+    """In the model's order, sites last."""
+    num_parameters: int
+    """All parameters of the model; those in no row (norms, biases) count with 16 bits each."""
+
+    @property
+    def share_by_bits(self) -> dict[int, float]:
+        """Bits -> share of the decoder's weights that carry them, fewest first; sums to 1."""
+        counts: Counter[int] = Counter()
+        for row in self._decoder_weights():
+            counts[row.bits] += row.num_weights
+        total = counts.total()
+        return {bits: counts[bits] / total for bits in sorted(counts)} if total else {UNTOUCHED_BITS: 1.0}
+
+    @property
+    def average_storage_bits(self) -> float:
+        """Bits on disk per weight of the decoder, scales and zero points included."""
+        rows = self._decoder_weights()
+        total = sum(row.num_weights for row in rows)
+        return sum(row.storage_bits for row in rows) / total if total else float(UNTOUCHED_BITS)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the whole model on disk: packed codes, scales and zero points, everything else at 16 bits."""
+        rest = self.num_parameters - sum(row.num_weights for row in self.rows)
+        return (sum(row.storage_bits for row in self.rows) + rest * UNTOUCHED_BITS + 7) // 8
+
+    def table(self) -> list[dict[str, Any]]:
+        """The rows with layer numbers written as `*` and equal ones counted: `count`, then the fields of `Change`."""
+        counts: Counter[tuple[tuple[str, Any], ...]] = Counter()
+        for row in self.rows:
+            name = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.name)
+            counts[tuple((asdict(row) | {"name": name}).items())] += 1
+        return [{"count": count, **dict(fields)} for fields, count in counts.items()]
+
+    def summary(self) -> dict[str, Any]:
+        """A JSON-ready object with everything that a record keeps."""
+        return {
+            "scheme": self.scheme,
+            "share_by_bits": {str(bits): share for bits, share in self.share_by_bits.items()},
+            "average_storage_bits": self.average_storage_bits,
+            "weights_bytes": self.weights_bytes,
+            "num_swapped": sum(row.action == "swapped" for row in self.rows),
+            "num_skipped": sum(row.action == "skipped" for row in self.rows),
+            "kernels": dict(sorted(Counter(row.kernel for row in self.rows if row.kernel).items())),
+            "table": self.table(),
+        }
+
+    def _decoder_weights(self) -> list[Change]:
+        return [row for row in self.rows if row.in_decoder and row.num_weights]

@@ -1,0 +1,8 @@
+"""Ways to compute one quantized linear; `reference` defines the numbers, the others are faster ways to them.
+
+    weight_only   16-bit inputs times dequantized weights                              reference.linear
+    simulated     fake-quantized inputs times dequantized weights, in the model's dtype reference.linear
+    int8_mm       integer codes times integer codes, summed exactly in int32           integer.linear
+
+A kernel is chosen by name before anything runs (`choice.choose_kernel`) and stands in the record.
+"""

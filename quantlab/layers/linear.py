@@ -1,0 +1,80 @@
+"""QuantLinear: one linear under a scheme, computed by the kernel that it names. O outputs, I inputs."""
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from quantlab.errors import SchemeError
+from quantlab.kernels import integer, reference
+from quantlab.kernels.choice import Kernel
+from quantlab.numerics.affine import QuantizedTensor
+from quantlab.schemes import TensorSpec
+
+__all__ = ["QuantLinear", "weight_of"]
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """The matrix [O, I] of an nn.Linear, or of a GPT-2 Conv1D, which stores it transposed; a view of the parameter."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight.t() if isinstance(linear, Conv1D) else weight
+
+
+class QuantLinear(nn.Module):
+    """A linear's function with quantized weights, inputs, or both."""
+
+    bias: Tensor | None
+    real_weight: Tensor | None
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        quantized: QuantizedTensor | None,
+        inputs: TensorSpec | None,
+        kernel: Kernel,
+        name: str = "linear",
+    ) -> None:
+        """quantized None keeps the linear's own weights; inputs None keeps its inputs at 16 bits.
+
+        Dequantized weights are rounded to the linear's dtype; the integer kernel keeps codes and scales instead.
+        `name` is the place in the model, for messages.
+        """
+        super().__init__()
+        self.kernel, self.inputs, self.name = kernel, inputs, name
+        weight_OI, bias = weight_of(linear).detach(), linear.bias
+        assert bias is None or isinstance(bias, Tensor)
+        self.out_features, self.in_features = weight_OI.shape
+        self.dtype = weight_OI.dtype
+        self.codes: integer.Int8Weight | None = None
+        if kernel == "int8_mm":
+            assert quantized is not None and inputs is not None, (
+                "an integer product takes codes on both sides"
+            )
+            self.codes = integer.Int8Weight(quantized)
+        elif quantized is not None:
+            weight_OI = quantized.dequantize().to(self.dtype)
+        self.register_buffer("real_weight", None if self.codes else weight_OI, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The real matrix [O, I] that this linear multiplies by, in the model's dtype."""
+        if self.real_weight is not None:
+            return self.real_weight
+        assert self.codes is not None
+        return self.codes.dequantize().to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., I] to [.., O]."""
+        if self.inputs is not None and self.inputs.granularity in ("tensor", "channel") and x.ndim < 3:
+            raise SchemeError(
+                f"a scale per sequence needs inputs [batch, tokens, channels]: {self.name} gets {list(x.shape)}, "
+                f"where sequences cannot be told apart. Use one scale per token (a{self.inputs.bits}), or add "
+                f'"*.{self.name.rpartition(".")[2]}" to skip.'
+            )
+        if self.codes is not None and self.inputs is not None:
+            return integer.linear(x, self.codes, self.bias, self.inputs)
+        return reference.linear(x, self.weight, self.bias, self.inputs)
+
+    def extra_repr(self) -> str:
+        """What stands in the printed model: `in_features=64, out_features=96, kernel=int8_mm`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, kernel={self.kernel}"

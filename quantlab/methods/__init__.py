@@ -1,0 +1,1 @@
+"""Weight methods: one file each, one signature, `quantize_weight(weight_OI, spec) -> QuantizedTensor`."""

@@ -1,0 +1,1 @@
+"""Grids, scales, codes and bits: pure functions on tensors, which every method and kernel shares."""

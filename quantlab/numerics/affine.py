@@ -1,0 +1,103 @@
+"""Affine quantization: real value = (code - zero_point) * scale.
+
+Everything is computed in float32, whatever the dtype of the input. Rounding is half to even, as torch.round.
+Source of the asymmetric form: Jacob et al. 2018, arXiv:1712.05877, section 2.1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantlab.errors import SchemeError
+from quantlab.numerics.qtype import QType
+
+__all__ = ["QuantizedTensor", "choose_qparams", "dequantize", "fake_quantize", "quantize"]
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A quantized matrix: codes and what they stand for. O outputs, I inputs, G = I / group_size groups."""
+
+    codes: Tensor
+    """[O, I]; int8 on a symmetric grid, uint8 (0 .. 2^bits - 1) on one with a zero point."""
+    scale: Tensor
+    """[O, G], [O, 1] per channel or [1, 1] per tensor; float32 values that the stored dtype holds exactly."""
+    zero_point: Tensor | None
+    """int32, shape of `scale`, within the grid; None on a symmetric grid."""
+    qtype: QType
+    """The grid of the codes."""
+
+    def dequantize(self) -> Tensor:
+        """The real matrix [O, I], float32: (codes - zero_point) * scale."""
+        groups = self.codes.unflatten(-1, (self.scale.shape[-1], -1))
+        zero_point = None if self.zero_point is None else self.zero_point.unsqueeze(-1)
+        return dequantize(groups, self.scale.unsqueeze(-1), zero_point).flatten(-2)
+
+    def storage_bits(self, scale_bits: int = 16) -> int:
+        """Bits of the codes, scales and zero points when they are packed densely."""
+        zero_point_bits = 0 if self.zero_point is None else self.qtype.bits
+        return self.codes.numel() * self.qtype.bits + self.scale.numel() * (scale_bits + zero_point_bits)
+
+
+def choose_qparams(
+    x_min: Tensor, x_max: Tensor, qtype: QType, scale_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor | None]:
+    """Fit the grid of `qtype` to the real interval [x_min, x_max].
+
+    Symmetric: scale = max(|x_min|, |x_max|) / (2^(bits-1) - 1), no zero point. Asymmetric: the interval is widened
+    to hold 0.0, so that zero stays exact; scale = (x_max - x_min) / qmax, zero_point = round(-x_min / scale).
+    The scale is rounded to `scale_dtype` before anything is derived from it. A scale of 0 (a tensor of zeros, or
+    of values too small for the dtype) becomes 1.
+
+    Args:
+        x_min, x_max: range of each group, any one shape, in the units of the tensor.
+        scale_dtype: dtype in which the scale will be stored.
+
+    Returns:
+        scale, float32 and positive; zero_point, int32 and within the grid, or None. Shapes of x_min.
+
+    Error bound: |x - dequantize(quantize(x))| <= scale / 2 for x in the interval, when scale_dtype is float32;
+    a scale rounded to u relative adds at most u * qmax steps where it was rounded down.
+
+    Raises:
+        SchemeError: the scale of a finite interval overflows `scale_dtype`.
+    """
+    if qtype.symmetric:
+        spread, steps = torch.maximum(-x_min, x_max), qtype.qmax
+    else:
+        x_min, x_max = x_min.clamp(max=0.0), x_max.clamp(min=0.0)
+        spread, steps = x_max - x_min, qtype.qmax
+    exact = spread.float() / steps
+    scale = exact.to(scale_dtype).float()
+    if scale_dtype != torch.float32 and bool((scale.isinf() & exact.isfinite()).any()):
+        raise SchemeError(f"scales must fit {scale_dtype}: found {exact.max():.3g}. Use a wider scale dtype.")
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    if qtype.symmetric:
+        return scale, None
+    return scale, torch.round(-x_min.float() / scale).clamp(qtype.qmin, qtype.qmax).to(torch.int32)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, qtype: QType) -> Tensor:
+    """Codes of x, `qtype.dtype`, same shape; values outside the range saturate."""
+    return _round_to_codes(x, scale, zero_point, qtype).to(qtype.dtype)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """Real values of codes, float32, same shape: (codes - zero_point) * scale, exact but for the one product."""
+    centred = codes.float() if zero_point is None else codes.float() - zero_point
+    return centred * scale
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, qtype: QType) -> Tensor:
+    """dequantize(quantize(x)) without leaving float32; same bits, and NaN stays NaN."""
+    codes = _round_to_codes(x, scale, zero_point, qtype)
+    return codes.mul_(scale) if zero_point is None else codes.sub_(zero_point).mul_(scale)
+
+
+def _round_to_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, qtype: QType) -> Tensor:
+    """Codes of x as float32, in memory of their own."""
+    codes = torch.div(x.float(), scale).round_()
+    if zero_point is not None:
+        codes.add_(zero_point)
+    return codes.clamp_(qtype.qmin, qtype.qmax)

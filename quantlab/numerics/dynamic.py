@@ -1,0 +1,41 @@
+"""Dynamic quantization: scales from the values themselves, at the moment they appear."""
+
+from torch import Tensor
+
+from quantlab.numerics.affine import choose_qparams, fake_quantize
+from quantlab.numerics.granularity import Kind, group_view, spanned_dims
+from quantlab.numerics.qtype import QType
+from quantlab.numerics.ranges import absmax, min_max
+from quantlab.schemes import TensorSpec
+
+__all__ = ["dynamic_qparams", "dynamic_range", "fake_quantize_in_range"]
+
+
+def dynamic_range(
+    x: Tensor, kind: Kind, spec: TensorSpec, visible: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(x_min, x_max) of everything that shares a scale, float32, the spanned dimensions of the group view kept.
+
+    Args:
+        visible: bool, broadcastable to x; where False, a value has no say. A range without any value is (0, 0).
+    """
+    if visible is not None:
+        # Zero is in every range, so it may stand for what must not count.
+        x = x.masked_fill(~visible, 0.0)
+    dims = spanned_dims(kind, spec)
+    return (absmax if spec.symmetric else min_max)(group_view(x, spec), dims)
+
+
+def dynamic_qparams(x: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of inputs of a linear [.., T, C]; shapes as in `granularity`."""
+    return choose_qparams(*dynamic_range(x, "inputs", spec), QType.of_activations(spec))
+
+
+def fake_quantize_in_range(x: Tensor, x_min: Tensor, x_max: Tensor, spec: TensorSpec) -> Tensor:
+    """x rounded to the grid that covers [x_min, x_max]: same shape and dtype, computed in float32.
+
+    Error bound: half a step for x in the range, plus the rounding of the result to x's dtype.
+    """
+    qtype = QType.of_activations(spec)
+    scale, zero_point = choose_qparams(x_min, x_max, qtype)
+    return fake_quantize(group_view(x, spec), scale, zero_point, qtype).reshape(x.shape).to(x.dtype)

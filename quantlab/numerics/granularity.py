@@ -1,0 +1,53 @@
+"""Granularity: which values share a scale, as a view of the tensor and the dimensions that the scale spans.
+
+    tensor                          granularity   view              spans    scale
+    weight [O, I]                   tensor        [O, I]            O, I     [1, 1]
+                                    channel       [O, I]            I        [O, 1]
+                                    group         [O, I/g, g]       g        [O, I/g, 1]
+    inputs of linears [.., T, C]    tensor        [.., T, C]        T, C     [.., 1, 1]
+                                    row           [.., T, C]        C        [.., T, 1]
+                                    channel       [.., T, C]        T        [.., 1, C]
+                                    group         [.., T, C/g, g]   g        [.., T, C/g, 1]
+    attention map [B, H, Q, T]      tensor        [B, H, Q, T]      H, Q, T  [B, 1, 1, 1]
+                                    head          [B, H, Q, T]      Q, T     [B, H, 1, 1]
+                                    row           [B, H, Q, T]      T        [B, H, Q, 1]
+
+The batch is never spanned: a scale belongs to one sequence, so that what else is in a batch cannot change a score.
+"""
+
+from typing import Literal
+
+from torch import Tensor
+
+from quantlab.errors import SchemeError
+from quantlab.schemes import Granularity, TensorSpec
+
+__all__ = ["Kind", "group_view", "spanned_dims"]
+
+Kind = Literal["weight", "inputs", "map"]
+
+_SPANS: dict[Kind, dict[Granularity, tuple[int, ...]]] = {
+    "weight": {"tensor": (-2, -1), "channel": (-1,), "group": (-1,)},
+    "inputs": {"tensor": (-2, -1), "row": (-1,), "channel": (-2,), "group": (-1,)},
+    "map": {"tensor": (-3, -2, -1), "head": (-2, -1), "row": (-1,)},
+}
+
+
+def spanned_dims(kind: Kind, spec: TensorSpec) -> tuple[int, ...]:
+    """Dimensions of `group_view(x, spec)` that one scale spans, counted from the last."""
+    return _SPANS[kind][spec.granularity]
+
+
+def group_view(x: Tensor, spec: TensorSpec) -> Tensor:
+    """x [.., C] as [.., C / group_size, group_size] where the spec has groups, else x itself; no copy.
+
+    Raises:
+        SchemeError: group_size does not divide C.
+    """
+    if spec.group_size is None:
+        return x
+    if x.shape[-1] % spec.group_size:
+        raise SchemeError(
+            f"group_size must divide the last dimension: found {x.shape[-1]}, group_size={spec.group_size}."
+        )
+    return x.reshape(*x.shape[:-1], -1, spec.group_size)

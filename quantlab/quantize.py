@@ -1,0 +1,210 @@
+"""quantize: put a scheme on a model, say what became of every weight, and take it off again.
+
+    quantize_(model, scheme)            swaps modules for good
+    with quantized(model, scheme):      swaps them for the span of the block
+
+Linears of the decoder layers become `QuantLinear`; the sites of attention logits and probabilities become
+`FakeQuant`. Everything is checked before anything is swapped. Embeddings and lm_head stay at 16 bits.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from probes.attention import attention_sites
+from probes.sites import attention_layers
+from quantlab.changes import Change, Changes
+from quantlab.errors import SchemeError, nearest
+from quantlab.kernels.choice import KERNELS, Kernel, check_integers, choose_kernel
+from quantlab.layers.fake_quant import FakeQuant
+from quantlab.layers.linear import QuantLinear, weight_of
+from quantlab.layers.targets import Target, find_targets, parents_of
+from quantlab.methods import rtn
+from quantlab.schemes import Scheme, TensorSpec, check_shapes
+
+__all__ = ["Change", "Changes", "quantize_", "quantized"]
+
+_Undo = list[tuple[nn.Module, str, nn.Module]]
+
+
+def quantize_(
+    model: nn.Module, scheme: Scheme, *, skip: Sequence[str] = (), kernel: str = "integer"
+) -> Changes:
+    """Put the scheme on the model, for good.
+
+    Args:
+        skip: dotted patterns of decoder linears that stay at 16 bits.
+        kernel: a name of `KERNELS`.
+
+    Raises:
+        SchemeError: the scheme does not fit the model, a pattern matches nothing, or nothing would be quantized; the
+            model is then as it was. Attention logits and probabilities need `attention_sites(model)` around the call.
+        ProbeError: the model has no decoder layers.
+    """
+    return _swap(model, scheme, skip, kernel, None)
+
+
+@contextmanager
+def quantized(
+    model: nn.Module, scheme: Scheme, *, skip: Sequence[str] = (), kernel: str = "integer"
+) -> Iterator[Changes]:
+    """The model under the scheme for the span of the block; then the same modules as before, however it ends.
+
+    Enters `attention_sites(model)` by itself where the scheme has attention logits or probabilities.
+    """
+    undo: _Undo = []
+    with ExitStack() as stack:
+        if scheme.logits is not None or scheme.probs is not None:
+            stack.enter_context(attention_sites(model))
+        stack.callback(_restore, undo)
+        yield _swap(model, scheme, skip, kernel, undo)
+
+
+def _swap(model: nn.Module, scheme: Scheme, skip: Sequence[str], kernel: str, undo: _Undo | None) -> Changes:
+    """Check everything, then swap; what was swapped is noted in `undo`, where there is one."""
+    if kernel not in KERNELS:
+        raise SchemeError(
+            f"kernel must be one of {', '.join(KERNELS)}: found {kernel!r}.{nearest(kernel, KERNELS)}"
+        )
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    if scheme.is_baseline:
+        return Changes(scheme.name, (), num_parameters)
+    if any(isinstance(module, QuantLinear | FakeQuant) for module in model.modules()):
+        raise SchemeError("a model takes one scheme at a time: this one carries one already. Load it anew.")
+    targets = find_targets(model)
+    _check_skip(skip, targets)
+    chosen = [target for target in targets if _is_chosen(target, scheme, skip)]
+    runs, reason = choose_kernel(scheme, next(model.parameters()).device.type, kernel)
+    _check_chosen(model, scheme, chosen, skip, runs)
+    sites = _find_sites(model, scheme)
+    rows: list[Change] = []
+    if scheme.weights is not None or scheme.activations is not None:
+        for target in targets:
+            if target in chosen:
+                rows.append(_swap_linear(model, target, scheme, runs, reason, undo))
+            else:
+                rows.append(_stays(target, skip))
+    rows += [_swap_site(layer, prefix, name, spec, undo) for prefix, layer, name, spec in sites]
+    return Changes(scheme.name, tuple(rows), num_parameters)
+
+
+def _is_chosen(target: Target, scheme: Scheme, skip: Sequence[str]) -> bool:
+    """Whether the scheme means this matrix; fused experts are meant, and refused later."""
+    touches = scheme.weights is not None or scheme.activations is not None
+    meant = target.sort in ("linear", "fused") or (target.sort == "other" and not target.real)
+    return touches and meant and not _skipped(target, skip)
+
+
+def _skipped(target: Target, skip: Sequence[str]) -> bool:
+    return any(fnmatchcase(target.name, pattern) for pattern in skip)
+
+
+def _check_skip(skip: Sequence[str], targets: Sequence[Target]) -> None:
+    names = [target.name for target in targets]
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            short = dict.fromkeys("*." + name.rpartition(".")[2] for name in names)
+            hint = nearest(pattern, [*short, *names]) or f" There are {', '.join(short)}."
+            raise SchemeError(f"a skip pattern must match a weight matrix: {pattern!r} matches none.{hint}")
+
+
+def _check_chosen(
+    model: nn.Module, scheme: Scheme, chosen: Sequence[Target], skip: Sequence[str], runs: Kernel
+) -> None:
+    """Refuse what cannot be honoured, before anything is swapped."""
+    if scheme.weights is None and scheme.activations is None:
+        return
+    for target in chosen:
+        if not target.real:
+            raise SchemeError(
+                f"weights must be floating point to be quantized: {target.name} holds codes already. Load the "
+                f'checkpoint dequantized, or add "{target.name}" to skip.'
+            )
+        if target.sort == "fused":
+            raise SchemeError(
+                "expert matrices fused into one parameter cannot be quantized in this version: "
+                f"{target.name} is {list(target.shape)}. "
+                f'Add "*.{target.name.rpartition(".")[2]}" to skip, and they stay at 16 bits.'
+            )
+    if not chosen:
+        raise SchemeError(
+            f"a scheme must quantize some weight matrix of the decoder: {scheme.name} would touch 0% of "
+            f"{type(model).__name__}. " + ("Skip less." if skip else "Its decoder layers hold no linears.")
+        )
+    linears = {target.name: (target.shape[0], target.shape[1]) for target in chosen}
+    check_shapes(scheme, linears)
+    if runs == "int8_mm":
+        check_integers(scheme, linears, next(model.parameters()).device)
+
+
+def _find_sites(model: nn.Module, scheme: Scheme) -> list[tuple[str, nn.Module, str, TensorSpec]]:
+    """(layer's name, layer, site, spec) of every attention site that the scheme quantizes."""
+    specs = {"attn_logits": scheme.logits, "attn_probs": scheme.probs}
+    wanted = [(name, spec) for name, spec in specs.items() if spec is not None]
+    if not wanted:
+        return []
+    layers = attention_layers(model)
+    if not all(hasattr(layer, name) for _, layer in layers for name, _ in wanted):
+        raise SchemeError(
+            f"{scheme.name} quantizes attention sites, which live inside attention_sites(model): enter it around "
+            "quantize_, or use quantized(model, scheme)."
+        )
+    return [(prefix, layer, name, spec) for prefix, layer in layers for name, spec in wanted]
+
+
+def _swap_linear(
+    model: nn.Module, target: Target, scheme: Scheme, runs: Kernel, reason: str, undo: _Undo | None
+) -> Change:
+    """Put a QuantLinear in the place of one linear, under every name that it has."""
+    linear = model.get_submodule(target.name)
+    storage_bits = 16 * target.num_weights
+    if not isinstance(linear, QuantLinear):  # a linear that the model holds twice was swapped the first time
+        quantized = None
+        if scheme.weights is not None:
+            quantized = rtn.quantize_weight(weight_of(linear), scheme.weights)
+            storage_bits = 0 if target.tied_to else quantized.storage_bits()
+        swapped = QuantLinear(linear, quantized, scheme.activations, runs, target.name)
+        _replace(model, linear, swapped.train(linear.training), undo)
+    bits = 16 if scheme.weights is None else scheme.weights.bits
+    why = f"{Scheme(scheme.weights, scheme.activations).name}{reason and f': {reason}'}"
+    return Change(target.name, "swapped", why, bits, target.num_weights, runs, storage_bits)
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module, undo: _Undo | None) -> None:
+    for parent, name in list(parents_of(model, old)):
+        setattr(parent, name, new)
+        if undo is not None:
+            undo.append((parent, name, old))
+
+
+def _stays(target: Target, skip: Sequence[str]) -> Change:
+    """The row of a matrix that stays at 16 bits."""
+    reasons = {
+        "outside": "outside the decoder layers (embeddings and lm_head stay at 16 bits)",
+        "other": "not a linear",
+    }
+    why = "skip" if _skipped(target, skip) else reasons.get(target.sort, "")
+    if target.tied_to:
+        why += f"; tied to {target.tied_to}"
+    in_decoder = target.sort != "outside"
+    return Change(
+        target.name, "skipped", why, 16, target.num_weights, "", 16 * target.num_weights, in_decoder
+    )
+
+
+def _swap_site(layer: nn.Module, prefix: str, name: str, spec: TensorSpec, undo: _Undo | None) -> Change:
+    """Put a FakeQuant in the place of one attention site."""
+    if undo is not None:
+        undo.append((layer, name, layer.get_submodule(name)))
+    setattr(layer, name, FakeQuant(spec, "map"))
+    what = Scheme(logits=spec) if name == "attn_logits" else Scheme(probs=spec)
+    return Change(f"{prefix}.{name}", "swapped", what.name, spec.bits, 0, "simulated")
+
+
+def _restore(undo: _Undo) -> None:
+    """Put back what was there, the last swap first."""
+    while undo:
+        parent, name, module = undo.pop()
+        setattr(parent, name, module)
