@@ -9,5 +9,7 @@ STATISTICS: dict[str, str] = {
     "kurtosis": "fourth standardised moment of each tensor, averaged over sequences (Bondarenko et al. 2023)",
     "attention_sink_rate": "share of heads whose first key draws more than 0.3 of the attention (Gu et al. 2025)",
     "weight_incoherence": "max |W| sqrt(mn) / ||W||_F of every linear (Chee et al. 2023)",
+    "outlier_features": "kurtosis over channels, and largest over median channel (He et al. 2024)",
+    "channel_absmax": "largest |x| of each input channel of a linear, over their median (Xiao et al. 2023)",
     "context_rms": "root mean square of each head's output before o_proj (differential attention V2)",
 }

@@ -1,12 +1,12 @@
 """The only place that registers hooks: `watch` for what a module gives, `around` for when a module runs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from probes.sites import select
+from probes.sites import QueryBlock, select
 
 See = Callable[[str, nn.Module, tuple[Any, ...], Any], object]
 """`see(name, module, args, output)`: looks at one call of one module."""
@@ -17,14 +17,16 @@ class EarlyStop(Exception):  # noqa: N818  not an error: it ends a forward that 
 
 
 @contextmanager
-def watch(model: nn.Module, pattern: str, see: See, *, stop: bool = False) -> Iterator[list[str]]:
+def watch(
+    model: nn.Module, pattern: str | Sequence[str], see: See, *, stop: bool = False
+) -> Iterator[list[str]]:
     """Call `see(name, module, args, output)` after every call of every module whose name matches the pattern.
 
     Args:
-        pattern: dotted name with `*`, e.g. `"*.attn_logits"` or `"model.layers.3.mlp"`.
+        pattern: dotted name with `*`, e.g. `"*.attn_logits"` or `"model.layers.3.mlp"`, or several.
         see: looks at the output; must copy what it keeps. What it returns is ignored.
-        stop: end the forward once every matching module has been seen; the `with` block ends there too, without an
-            exception, so a pass that needs the first layers only does not pay for the rest.
+        stop: end the forward once every matching module has been seen (a site: all its blocks). The `with` block
+            ends there too, without an exception, so that a pass that needs the first layers does not pay for the rest.
 
     Yields:
         the names that match.
@@ -39,7 +41,8 @@ def watch(model: nn.Module, pattern: str, see: See, *, stop: bool = False) -> It
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             # Returns None whatever `see` returns: a value returned here would replace the output.
             see(name, module, args, output)
-            waiting.discard(name)
+            if not args or not isinstance(args[-1], QueryBlock) or args[-1].is_last:
+                waiting.discard(name)
             if stop and not waiting:
                 raise EarlyStop
 

@@ -10,8 +10,8 @@ Letters: B sequences, H heads (softmax maps), q query rows of a block, t keys of
 """
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Protocol, runtime_checkable
 
@@ -40,6 +40,15 @@ class QueryBlock:
     """Keys of the whole attention call."""
     seen_by_all: tuple[int, int] = (0, 0)
     """Columns [first, last) that every query of the block sees in every sequence and head: no mask is needed there."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the last block of its attention call."""
+        return self.start + self.visible.shape[-2] >= self.num_queries
+
+    def of_heads(self, heads: Sequence[int]) -> "QueryBlock":
+        """The block of some heads only, where the mask differs between heads."""
+        return replace(self, visible=self.visible[:, list(heads)])
 
     def visible_parts(self, x_BHqt: Tensor) -> list[Tensor]:
         """The visible values of x, each once, as a few tensors of any shape; cheaper than `x[visible]`."""
@@ -85,30 +94,30 @@ class SwappedSite(Protocol):
         """Take the visible values of one block into the range."""
 
 
-def select(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
-    """Modules whose dotted name matches the pattern (`*` matches any text, dots too), in the model's order.
+def select(model: nn.Module, pattern: str | Sequence[str]) -> list[tuple[str, nn.Module]]:
+    """Modules whose dotted name matches a pattern (`*` matches any text, dots too), in the model's order.
 
     Raises:
-        ProbeError: nothing matches; the message names what exists.
+        ProbeError: a pattern matches nothing; the message names what exists.
     """
-    found = [(name, module) for name, module in model.named_modules() if fnmatchcase(name, pattern)]
-    if not found:
-        names = _families(name for name, _ in model.named_modules() if name)
-        sites = (
-            ""
-            if "attn" not in pattern
-            else " The sites attn_logits and attn_probs live inside attention_sites."
-        )
-        raise ProbeError(
-            f"A pattern must match a module of the model: {pattern!r} matches none of {type(model).__name__}, "
-            f"which has {', '.join(names)}.{nearest(pattern, names)}{sites}"
-        )
-    return found
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    modules = dict(model.named_modules())
+    matched = [{name for name in modules if fnmatchcase(name, each)} for each in patterns]
+    for each, names in zip(patterns, matched, strict=True):
+        if not names:
+            raise _unmatched(model, each, modules)
+    found = set().union(*matched)
+    return [(name, module) for name, module in modules.items() if name in found]
 
 
-def _families(names: Iterable[str]) -> list[str]:
-    """Dotted names with layer numbers replaced by `*`, each once."""
-    return list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))
+def _unmatched(model: nn.Module, pattern: str, names: Iterable[str]) -> ProbeError:
+    """The error about a pattern that matches nothing: what there is, layer numbers written `*`, each once."""
+    known = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names if name))
+    inside = " Attention has the sites attn_logits and attn_probs inside attention_sites only."
+    return ProbeError(
+        f"A pattern must match a module: {pattern!r} matches none of {type(model).__name__}, which has "
+        f"{', '.join(known)}.{inside if 'attn_' in pattern else ''}{nearest(pattern, known)}"
+    )
 
 
 def _is_attention(module: nn.Module) -> bool:

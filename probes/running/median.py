@@ -1,0 +1,57 @@
+"""The exact float32 median of a stream in two passes: a radix select on the bit pattern.
+
+The first pass is a `Histogram`: it tells in which bucket (16 high bits) the median lies and at which rank inside. The
+second pass counts the 16 low bits of the values of that bucket.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probes.running.histogram import Histogram, float_of
+
+
+class ExactQuantile:
+    """Second pass over the data that a `Histogram` has seen: the exact lower quantile of |x|, the median by default."""
+
+    def __init__(self, first_pass: Histogram, q: float = 0.5) -> None:
+        n = first_pass.n
+        assert n > 0, "the first pass saw no value"
+        rank = (n - 1) // 2 if q == 0.5 else int(q * (n - 1))
+        self.bucket, self.rank = first_pass.bucket_of(rank)
+        self.num_expected = int(first_pass.counts[self.bucket])
+        self.counts = np.zeros(1 << 16, np.int64)
+
+    def add(self, x: Tensor) -> None:
+        """Take in a tensor of any shape, of the same stream as the first pass."""
+        bits = x.detach().float().abs().view(torch.int32).flatten()
+        # The high bits equal the bucket's just where xor leaves only low bits; NaN and infinities never do.
+        low = bits.bitwise_xor_(self.bucket << 16)
+        low = low[(low < 1 << 16).nonzero().flatten()]
+        self.counts += torch.bincount(low, minlength=1 << 16).cpu().numpy()
+
+    def merge(self, other: "ExactQuantile") -> None:
+        """Take in what another has counted for the same bucket."""
+        assert (self.bucket, self.rank) == (other.bucket, other.rank)
+        self.counts += other.counts
+
+    def value(self) -> float:
+        """The quantile, exactly as it stood in the data."""
+        found = int(self.counts.sum())
+        assert found == self.num_expected, f"the passes saw different data: {self.num_expected} then {found}"
+        low = int(np.searchsorted(np.cumsum(self.counts), self.rank, side="right"))
+        return float_of((self.bucket << 16) | low)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "bucket": self.bucket,
+            "rank": self.rank,
+            "expected": self.num_expected,
+            "counts": self.counts.copy(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.bucket, self.rank, self.num_expected = state["bucket"], state["rank"], state["expected"]
+        self.counts = np.array(state["counts"])
