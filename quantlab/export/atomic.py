@@ -70,12 +70,8 @@ def new_folder(destination: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _beside(destination: Path, what: str) -> Path:
-    """A new hidden folder in the destination's parent, with the permissions of an ordinary one."""
-    path = Path(tempfile.mkdtemp(prefix=f".{destination.name}.{what}-", dir=destination.parent))
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o777 & ~mask)
-    return path
+    """A new hidden folder in the destination's parent."""
+    return Path(tempfile.mkdtemp(prefix=f".{destination.name}.{what}-", dir=destination.parent))
 
 
 def _write_manifest(folder: Path) -> None:
@@ -90,8 +86,11 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """fsync of every file and folder, so that a rename never outlives what it names."""
+    """Ordinary permissions (temporary files are private) and fsync, so that a rename never outlives what it names."""
+    mask = os.umask(0)
+    os.umask(mask)
     for path in [*folder.rglob("*"), folder]:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         _fsync(path)
 
 

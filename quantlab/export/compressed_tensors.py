@@ -55,7 +55,7 @@ def layout(model: nn.Module, scheme: Scheme, swapped: Sequence[str], dtype: torc
         dtype: the stored dtype, of scales and of everything that keeps its precision.
 
     Raises:
-        SchemeError: a swapped module is no nn.Linear, which is all that the format's readers handle.
+        SchemeError: a swapped module is not nn.Linear itself, which is all that the format's readers handle.
     """
     spec = scheme.weights
     assert spec is not None, "the format's check lets no scheme without weights through"
@@ -88,11 +88,12 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
+    """The module of that name; a subclass is refused too, since transformers cannot load one without its weight."""
     module = model.get_submodule(name)
-    if not isinstance(module, nn.Linear):
+    if type(module) is not nn.Linear:
         raise SchemeError(
-            f"format compressed-tensors holds nn.Linear only: {name} is a {type(module).__name__}. "
-            f"Its readers would leave it unquantized; quantize another architecture, or only evaluate this one."
+            f"format compressed-tensors holds nn.Linear only: {name} is a {type(module).__name__}, which its readers "
+            f"do not load. Quantize another architecture, or only evaluate this one."
         )
     return module
 

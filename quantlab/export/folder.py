@@ -21,13 +21,14 @@ import torch
 from transformers import PreTrainedModel
 
 import quantlab
+from quantlab.errors import CheckpointError
 from quantlab.export.atomic import new_folder
 from quantlab.export.formats import find_format
 from quantlab.export.linears import choose_linears
 from quantlab.export.model_card import CardFacts, matching_scores, model_card
 from quantlab.export.shards import Layout, write_shards
 from quantlab.export.tensors import dtype_name, model_parts, stored_dtype, tied_names
-from quantlab.models.inspection import content_hash
+from quantlab.models.inspection import CheckpointInfo, content_hash
 from quantlab.records import Record
 from quantlab.schemes import Scheme, check_shapes
 
@@ -93,14 +94,17 @@ def export_checkpoint(
     Raises:
         ConfigError: unknown format.
         SchemeError: the format, or this model, cannot hold the scheme.
-        CheckpointError: the architecture's tensors are not stored as the model names them.
+        CheckpointError: the source holds low-bit weights already, or its architecture's tensors are not stored as the
+            model holds them.
         OutputError: the folder exists or cannot be written; what was there is untouched.
     """
     form = find_format(format_name)
     form.check(scheme)
     model = checkpoint.model
-    swapped, skipped = choose_linears(model, skip)
-    check_shapes(scheme, {name: _shape(model, name) for name in swapped})
+    _check_floats(checkpoint.info)
+    linears = choose_linears(model, skip)
+    check_shapes(scheme, {target.name: (target.shape[0], target.shape[1]) for target in linears["swapped"]})
+    swapped, skipped = ([target.name for target in linears[what]] for what in ("swapped", "skipped"))
     dtype = stored_dtype(model, checkpoint.info.source_precision)
     layout: Layout = import_module(form.module).layout(model, scheme, swapped, dtype)
     parts = list(model_parts(model, layout, dtype))
@@ -140,6 +144,14 @@ def export_checkpoint(
     )
 
 
+def _check_floats(info: CheckpointInfo) -> None:
+    if info.source_precision.startswith("compressed-tensors"):
+        raise CheckpointError(
+            f"export needs a checkpoint in floats: {info.path} holds {info.source_precision} weights already. Use the "
+            f"checkpoint that it was made from."
+        )
+
+
 def _write_configs(folder: Path, model: PreTrainedModel, layout: Layout, dtype: torch.dtype) -> None:
     config = copy.deepcopy(model.config)
     # A GGUF's own entry cannot be written, and no longer holds.
@@ -174,11 +186,6 @@ def _recipe(facts: CardFacts) -> dict[str, Any]:
             "precision": facts.source_precision,
         },
     }
-
-
-def _shape(model: PreTrainedModel, name: str) -> tuple[int, int]:
-    rows, width = model.get_submodule(name).weight.shape
-    return int(rows), int(width)
 
 
 def _write_json(path: Path, body: Mapping[str, Any]) -> None:

@@ -1,33 +1,47 @@
-"""Which linears of a model get low bits: those of the decoder, without what the user skips."""
+"""Which linears of a model get low bits: those of the decoder that `quantized` would swap, without any swap."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from probes.sites import decoder_layers
 from quantlab.errors import SchemeError
+from quantlab.layers.targets import Target, find_targets
 
 __all__ = ["choose_linears"]
 
 
-def choose_linears(model: nn.Module, skip: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names of the decoder's linears: those to quantize, and those that a pattern of `skip` keeps.
+def choose_linears(model: nn.Module, skip: Sequence[str]) -> dict[str, list[Target]]:
+    """The decoder's linears: "swapped", those to quantize, and "skipped", those that a pattern of `skip` keeps.
 
     Raises:
-        SchemeError: nothing is left to quantize.
+        SchemeError: a pattern matches no linear, nothing is left to quantize, or a matrix cannot be stored in low
+            bits by itself (experts fused into one parameter, weights that two linears share).
     """
-    names = [
-        f"{layer}.{name}"
-        for layer, decoder in decoder_layers(model)
-        for name, module in decoder.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    ]
-    skipped = [name for name in names if any(fnmatchcase(name, pattern) for pattern in skip)]
-    swapped = [name for name in names if name not in set(skipped)]
+    targets = [target for target in find_targets(model) if target.sort in ("linear", "fused")]
+    for pattern in skip:
+        if not any(fnmatchcase(target.name, pattern) for target in targets):
+            raise SchemeError(f"a skip pattern must match a linear of the decoder: {pattern!r} matches none.")
+    skipped = [target for target in targets if any(fnmatchcase(target.name, pattern) for pattern in skip)]
+    swapped = [target for target in targets if target not in skipped]
     if not swapped:
         raise SchemeError(
-            f"a scheme must quantize something: skip={list(skip)} keeps all {len(names)} linears."
+            f"an export must hold low-bit weights: {len(skipped)} linears of {type(model).__name__} are skipped and "
+            f"none is left. Skip less."
         )
-    return swapped, skipped
+    for target in swapped:
+        _check_separate(target)
+    return {"swapped": swapped, "skipped": skipped}
+
+
+def _check_separate(target: Target) -> None:
+    if target.sort == "fused":
+        raise SchemeError(
+            f"expert matrices fused into one parameter cannot be stored in low bits in this version: {target.name} is "
+            f'{list(target.shape)}. Add "*.{target.name.rpartition(".")[2]}" to skip, and they keep their precision.'
+        )
+    if target.tied_to is not None:
+        raise SchemeError(
+            f"linears must own their weights to be stored in low bits: {target.name} shares those of {target.tied_to}. "
+            f'Add both to skip: "{target.name}" and "{target.tied_to}".'
+        )

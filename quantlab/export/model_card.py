@@ -70,7 +70,7 @@ def matching_scores(
 
 
 def _is_of(made_by: Mapping[str, Any], content_hash: str, scheme: Scheme, skip: Sequence[str]) -> bool:
-    skipped = made_by.get("quantize", made_by).get("skip", ())
+    skipped = made_by.get("quantize", {}).get("skip", ())
     return (
         made_by.get("checkpoint", {}).get("content_hash") == content_hash
         and made_by.get("scheme") == scheme.name
@@ -80,13 +80,13 @@ def _is_of(made_by: Mapping[str, Any], content_hash: str, scheme: Scheme, skip: 
 
 def model_card(facts: CardFacts, scores: Scores) -> str:
     """README.md: YAML front matter and Markdown."""
-    front = yaml.safe_dump(_front_matter(facts, scores), sort_keys=False, allow_unicode=True, width=110)
+    front = yaml.safe_dump(_front_matter(facts, scores), sort_keys=False, allow_unicode=True, width=10_000)
     sections = [
         f"# {_escaped(facts.base_model)}, {facts.scheme.name}",
         f"Low-bit weights of {_escaped(facts.base_model)}, made by quantlab {quantlab.__version__}.",
         "## What is quantized\n\n" + _table(("", ""), _facts_rows(facts)),
         *_warnings(facts),
-        "## Scores\n\n" + _scores_text(scores),
+        "## Scores\n\n" + _scores_text(scores, facts.stored_dtype),
         "## Loading\n\n" + _LOADING,
         "## Engines\n\n" + facts.engines,
         "`MANIFEST.json` holds the sha256 and size of every file; `recipe.json` says how the weights were made.",
@@ -108,7 +108,7 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 def _front_matter(facts: CardFacts, scores: Scores) -> dict[str, Any]:
     assert facts.scheme.weights is not None
     front: dict[str, Any] = {
-        "base_model": facts.base_model,
+        "base_model": _one_line(facts.base_model),
         "base_model_relation": "quantized",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -116,7 +116,9 @@ def _front_matter(facts: CardFacts, scores: Scores) -> dict[str, Any]:
     }
     if scores:
         results = [_model_index_entry(task, record, summary) for task, (record, summary) in scores.items()]
-        front["model-index"] = [{"name": f"{facts.base_model}, {facts.scheme.name}", "results": results}]
+        front["model-index"] = [
+            {"name": f"{_one_line(facts.base_model)}, {facts.scheme.name}", "results": results}
+        ]
     return front
 
 
@@ -188,7 +190,7 @@ def _kept(facts: CardFacts) -> str:
 
 def _warnings(facts: CardFacts) -> list[str]:
     """What a reader must know before believing the scores."""
-    if not facts.source_precision.startswith("dequantized"):
+    if facts.source_precision in ("bfloat16", "float16", "float32", "float64"):
         return []
     return [
         f"**The source was already quantized ({_escaped(facts.source_precision)}).** These weights are a second "
@@ -196,7 +198,7 @@ def _warnings(facts: CardFacts) -> list[str]:
     ]
 
 
-def _scores_text(scores: Scores) -> str:
+def _scores_text(scores: Scores, stored_dtype: str) -> str:
     if not scores:
         return "not measured"
     rows = [
@@ -213,7 +215,19 @@ def _scores_text(scores: Scores) -> str:
     ]
     missing = [f"{task}: not measured" for task in _SIZES if task not in scores]
     table = _table(("task", "score", "value", "95% interval", "n", "record"), rows)
-    return "\n\n".join([table, *missing, "Measured by quantlab on these codes, simulated, before writing."])
+    return "\n\n".join([table, *missing, _how_measured(scores, stored_dtype)])
+
+
+def _how_measured(scores: Scores, stored_dtype: str) -> str:
+    """Whether the scores are of the codes in the folder, or of codes from scales of another dtype."""
+    settings = [record.made_by.get("quantize", {}) for record, _ in scores.values()]
+    measured = {setting.get("scale_dtype", "float32") for setting in settings}
+    if measured == {stored_dtype}:
+        return "Measured by quantlab on the codes and scales of this folder, simulated."
+    return (
+        f"Measured by quantlab on the simulated scheme with scales in {' and '.join(sorted(measured))}; the scales of "
+        f"this folder are rounded to {stored_dtype} and its codes chosen after that, so they differ slightly."
+    )
 
 
 def _number(value: float | None) -> str:
@@ -227,4 +241,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _escaped(text: str) -> str:
     """Text of unknown origin on one line of Markdown, with nothing in it that renders."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", html.escape(_one_line(text), quote=False))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

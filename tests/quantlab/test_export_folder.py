@@ -1,0 +1,305 @@
+"""The folder: whole or not at all, complete, in shards of the size asked for."""
+
+import hashlib
+import json
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from quantlab.config import CheckpointConfig
+from quantlab.errors import CheckpointError, OutputError, SchemeError
+from quantlab.export import atomic, shards
+from quantlab.export.folder import ExportSummary, export_checkpoint
+from quantlab.export.tensors import stored_dtype
+from quantlab.models.loading import Checkpoint, load_checkpoint
+from quantlab.schemes import Scheme
+from tests.toys import save_checkpoint, toy_model, toy_tokenizer
+
+
+def loaded(folder: Path, **options: Any) -> Checkpoint:
+    return load_checkpoint(CheckpointConfig(path=str(folder), device="cpu", **options))
+
+
+@pytest.fixture(scope="module")
+def toy(toy_folder: Path) -> Checkpoint:
+    return loaded(toy_folder)
+
+
+def export(checkpoint: Checkpoint, out: Path, scheme: str = "w4g32", **options: Any) -> ExportSummary:
+    return export_checkpoint(checkpoint, Scheme.parse(scheme), "compressed-tensors", out, **options)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors
+
+
+def test_a_folder_holds_everything_and_its_manifest_is_true(toy: Checkpoint, tmp_path: Path) -> None:
+    summary = export(toy, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json"} < names
+    assert {"README.md", "recipe.json", "MANIFEST.json"} < names
+    files = json.loads((tmp_path / "out/MANIFEST.json").read_text())["files"]
+    assert set(files) == names - {"MANIFEST.json"}
+    for name, entry in files.items():
+        content = (tmp_path / "out" / name).read_bytes()
+        assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    assert summary.weights_bytes == (tmp_path / "out/model.safetensors").stat().st_size
+    # 4-bit codes, a float32 scale per 32 of them, and two int64 of shape: 14 linears of 7 shapes in 2 layers.
+    num_weights = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96)
+    assert summary.average_storage_bits == pytest.approx(4 + 32 / 32 + 14 * 128 / num_weights)
+    assert len(summary.swapped) == 14
+    assert json.loads(json.dumps(summary.summary()))["path"] == str(tmp_path / "out")
+
+
+def test_the_same_export_is_the_same_bytes(toy: Checkpoint, tmp_path: Path) -> None:
+    export(toy, tmp_path / "a")
+    export(toy, tmp_path / "b")
+    assert (tmp_path / "a/MANIFEST.json").read_bytes() == (tmp_path / "b/MANIFEST.json").read_bytes()
+
+
+def test_shards_hold_at_most_their_size_and_the_index_finds_everything(
+    toy: Checkpoint, tmp_path: Path
+) -> None:
+    export(toy, tmp_path / "whole")
+    summary = export(toy, tmp_path / "shards", max_shard_size=10_000)
+    files = sorted((tmp_path / "shards").glob("*.safetensors"))
+    index = json.loads((tmp_path / "shards/model.safetensors.index.json").read_text())
+    assert len(files) > 4
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert summary.weights_bytes == sum(path.stat().st_size for path in files)
+    for path in files:
+        with safe_open(path, "pt") as file:
+            sizes = [file.get_tensor(name).nbytes for name in file.keys()]  # noqa: SIM118
+            assert all(index["weight_map"][name] == path.name for name in file.keys())  # noqa: SIM118
+        assert sum(sizes) <= 10_000 or len(sizes) == 1
+    whole, sharded = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "shards")
+    assert set(index["weight_map"]) == set(whole) == set(sharded)
+    assert all(torch.equal(whole[name], sharded[name]) for name in whole)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+
+
+def test_one_shard_at_a_time_is_in_memory(
+    toy: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[weakref.ref[torch.Tensor]] = []
+
+    def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        alive = [reference for reference in written if reference() is not None]
+        assert not alive, f"{len(alive)} tensors of earlier shards are still held"
+        written.extend(weakref.ref(tensor) for tensor in tensors.values())
+        path.touch()
+
+    monkeypatch.setattr(shards, "save_file", save_file)
+    export(toy, tmp_path / "out", max_shard_size=10_000)
+    assert len(written) == 3 * 14 + 7
+
+
+def test_progress_counts_every_linear_once(toy: Checkpoint, tmp_path: Path) -> None:
+    seen: list[int] = []
+    export(toy, tmp_path / "out", skip=["*.down_proj"], advance=seen.append)
+    assert sum(seen) == 12
+
+
+def test_skipped_linears_keep_their_values_and_are_ignored_by_name(toy: Checkpoint, tmp_path: Path) -> None:
+    summary = export(toy, tmp_path / "out", skip=["*.layers.0.*", "*.down_proj"])
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert set(config["ignore"]) == {*summary.skipped, "lm_head"}
+    assert len(summary.skipped) == 8
+    tensors = tensors_of(tmp_path / "out")
+    for name in config["ignore"]:
+        assert torch.equal(tensors[f"{name}.weight"], toy.model.get_submodule(name).weight)
+    recipe = json.loads((tmp_path / "out/recipe.json").read_text())
+    assert recipe["skip"] == ["*.layers.0.*", "*.down_proj"]
+
+
+def test_nothing_to_quantize_is_an_error(toy: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(SchemeError, match="14 linears of LlamaForCausalLM are skipped and none is left"):
+        export(toy, tmp_path / "out", skip=["*"])
+    with pytest.raises(SchemeError, match=r"'\*\.downproj' matches none"):
+        export(toy, tmp_path / "out", skip=["*.downproj"])
+
+
+def test_linears_that_share_weights_are_refused(tmp_path: Path) -> None:
+    checkpoint = loaded(save_checkpoint("llama", tmp_path / "in"))
+    first, second = (layer.self_attn for layer in checkpoint.model.model.layers)
+    second.q_proj.weight = first.q_proj.weight
+    with pytest.raises(SchemeError, match=r"1\.self_attn\.q_proj shares those of model\.layers\.0"):
+        export(checkpoint, tmp_path / "out")
+
+
+def test_experts_in_one_parameter_are_refused_or_skipped(tmp_path: Path) -> None:
+    checkpoint = loaded(save_checkpoint("llama", tmp_path / "in"))
+    mlp = checkpoint.model.model.layers[0].mlp
+    mlp.experts = torch.nn.Parameter(torch.zeros(2, 64, 64))
+    with pytest.raises(SchemeError, match=r"fused into one parameter .*mlp\.experts is \[2, 64, 64\]"):
+        export(checkpoint, tmp_path / "out")
+    export(checkpoint, tmp_path / "out", skip=["*.experts"])
+    assert tensors_of(tmp_path / "out")["model.layers.0.mlp.experts"].shape == (2, 64, 64)
+
+
+def test_a_low_bit_source_is_refused(toy: Checkpoint, tmp_path: Path) -> None:
+    export(toy, tmp_path / "w8", "w8")
+    with pytest.raises(CheckpointError, match="w8 holds compressed-tensors w8 weights already"):
+        export(loaded(tmp_path / "w8"), tmp_path / "w4")
+
+
+def test_files_have_ordinary_permissions(toy: Checkpoint, tmp_path: Path) -> None:
+    export(toy, tmp_path / "out")
+    (tmp_path / "plain").write_text("")
+    (tmp_path / "folder").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "folder").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "out").iterdir()} == {
+        (tmp_path / "plain").stat().st_mode
+    }
+
+
+def test_a_group_that_does_not_divide_names_the_linear(toy: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(SchemeError, match=r"mlp\.down_proj has in_features=96, group_size=64"):
+        export(toy, tmp_path / "out", "w4g64")
+    assert not list(tmp_path.iterdir())
+
+
+def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
+    checkpoint = loaded(save_checkpoint("llama", tmp_path / "in", tie_word_embeddings=True))
+    export(checkpoint, tmp_path / "out")
+    assert "lm_head.weight" not in tensors_of(tmp_path / "out")
+    assert "tied to the embeddings" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize(("family", "kind"), [("gpt2", "Conv1D"), ("falcon", "FalconLinear")])
+def test_linears_that_readers_do_not_load_are_refused(tmp_path: Path, family: str, kind: str) -> None:
+    checkpoint = loaded(save_checkpoint(family, tmp_path / "in"))
+    with pytest.raises(SchemeError, match=rf"holds nn\.Linear only: transformer\.h\.0\.\S+ is a {kind}"):
+        export(checkpoint, tmp_path / "out")
+
+
+def test_a_bfloat16_source_is_stored_in_bfloat16(tmp_path: Path) -> None:
+    model = toy_model("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "in")
+    toy_tokenizer().save_pretrained(tmp_path / "in")
+    checkpoint = loaded(tmp_path / "in", dtype="float32")
+    assert next(checkpoint.model.parameters()).dtype == torch.float32
+    summary = export(checkpoint, tmp_path / "out")
+    assert summary.stored_dtype == "bfloat16"
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+    floats = {tensor.dtype for tensor in tensors_of(tmp_path / "out").values() if tensor.is_floating_point()}
+    assert floats == {torch.bfloat16}
+
+
+def test_the_stored_dtype_never_loses_a_value() -> None:
+    model = toy_model("llama")
+    assert stored_dtype(model, "bfloat16") == torch.float32
+    assert stored_dtype(model.to(torch.bfloat16), "float32") == torch.bfloat16
+    assert stored_dtype(model.to(torch.float32), "bfloat16") == torch.bfloat16
+    assert stored_dtype(model, "dequantized Q4_1") == torch.float32
+
+
+def test_an_architecture_that_is_converted_while_loading_is_refused(
+    toy: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    converter = WeightConverter(["gate_up"], ["gate", "up"], operations=[Chunk(dim=0)])
+    monkeypatch.setattr(toy.model, "_weight_conversions", [converter])
+    with pytest.raises(CheckpointError, match="LlamaForCausalLM merges or splits them"):
+        export(toy, tmp_path / "out")
+
+
+# ---- whole or not at all
+
+
+def test_an_existing_folder_is_not_touched(toy: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").write_text("mine")
+    with pytest.raises(OutputError, match=r"output folder exists: .*--overwrite"):
+        export(toy, tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
+
+
+def test_overwrite_replaces_it_whole(toy: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").write_text("mine")
+    export(toy, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out/mine").exists()
+    assert (tmp_path / "out/MANIFEST.json").exists()
+    assert os.listdir(tmp_path) == ["out"]  # noqa: PTH208
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failure_in_mid_write_leaves_what_was_there(
+    toy: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool, fault: BaseException
+) -> None:
+    if exists:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/mine").write_text("mine")
+    real, calls = shards.save_file, []
+
+    def save_file(*arguments: Any, **options: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise fault
+        real(*arguments, **options)
+
+    monkeypatch.setattr(shards, "save_file", save_file)
+    expected = OutputError if isinstance(fault, OSError) else KeyboardInterrupt
+    with pytest.raises(expected) as caught:
+        export(toy, tmp_path / "out", overwrite=exists, max_shard_size=10_000)
+    if expected is OutputError:
+        assert "No space left on device" in str(caught.value)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == (["mine", "out"] if exists else [])
+
+
+def test_a_failure_of_the_last_rename_puts_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("mine")
+    rename = Path.rename
+
+    def fail_for_the_new(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new)
+    with (
+        pytest.raises(OutputError, match="Input/output error"),
+        atomic.new_folder(out, overwrite=True) as new,
+    ):
+        (new / "yours").write_text("yours")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "out"]
+
+
+def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="could not be written"), atomic.new_folder(out):
+        out.mkdir()
+        (out / "mine").write_text("mine")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "out"]
+
+
+def test_places_that_must_not_be_replaced_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work/here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work/here")
+    with pytest.raises(OutputError, match="working or home folder"):
+        atomic.check_destination(tmp_path / "work", overwrite=True)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "work")
+    for name in ("file", "link"):
+        with pytest.raises(OutputError, match="is a file or a link"):
+            atomic.check_destination(tmp_path / name, overwrite=True)
+    with pytest.raises(OutputError, match="must be writable"):
+        atomic.check_destination(tmp_path / "file/out", overwrite=False)
