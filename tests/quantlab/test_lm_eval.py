@@ -1,7 +1,5 @@
 """The scores are lm-evaluation-harness's own: it runs here, offline, on the same toy model and the same documents."""
 
-import lzma
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +8,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.hellaswag_throughput import lm_eval_samples
 from quantlab.config import HellaSwagConfig
 from quantlab.data.hellaswag import load_documents, select
 from quantlab.evaluation.hellaswag import HellaSwagScores, evaluate_hellaswag
 from tests.toys import NUM_TOKENS, toy_model, toy_tokenizer
 
 NUM_DOCUMENTS = 64
-
-TASK = """
-task: hellaswag_local
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    validation: {rows}
-  cache_dir: {cache}
-output_type: multiple_choice
-validation_split: validation
-process_docs: !function lm_eval_process.process_docs
-doc_to_text: "{{{{query}}}}"
-doc_to_target: "{{{{label}}}}"
-doc_to_choice: choices
-metric_list:
-  - metric: acc
-  - metric: acc_norm
-"""
 
 
 def with_bos() -> PreTrainedTokenizerFast:
@@ -60,43 +41,18 @@ def merging() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end)
 
 
-def reference(folder: Path, checkpoint: Path) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """lm-eval's samples of the documents, in the order of the file, and its totals."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    packed = (files("quantlab") / "data/files/hellaswag_val.jsonl.xz").read_bytes()
-    rows = lzma.decompress(packed).decode().splitlines()
-    chosen = select(load_documents(), HellaSwagConfig(limit=NUM_DOCUMENTS))
-    (folder / "rows.jsonl").write_text("\n".join(rows[document.position] for document in chosen) + "\n")
-    (folder / "lm_eval_process.py").write_text("from lm_eval.tasks.hellaswag.utils import process_docs\n")
-    task = TASK.format(rows=folder / "rows.jsonl", cache=folder / "cache")
-    (folder / "hellaswag_local.yaml").write_text(task)
-    results = simple_evaluate(
-        model=HFLM(pretrained=str(checkpoint), device="cpu", dtype="float32", batch_size=8),
-        tasks=["hellaswag_local"],
-        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-        random_seed=None,
-        numpy_random_seed=None,
-        torch_random_seed=None,
-        bootstrap_iters=10,
-    )
-    samples = sorted(results["samples"]["hellaswag_local"], key=lambda sample: sample["doc_id"])
-    return samples, results["results"]["hellaswag_local"]
-
-
 @pytest.mark.filterwarnings("ignore")  # lm-eval's and datasets' own; ours are errors in every other test
 @pytest.mark.parametrize("make_tokenizer", [toy_tokenizer, with_bos, merging])
 def test_scores_are_those_of_lm_evaluation_harness(tmp_path: Path, make_tokenizer: Any) -> None:
     model, tokenizer = toy_model("llama", gain=3.0), make_tokenizer()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    samples, totals = reference(tmp_path, tmp_path / "model")
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    peer = huggingface.HFLM(pretrained=str(tmp_path / "model"), device="cpu", dtype="float32", batch_size=8)
+    config = HellaSwagConfig(limit=NUM_DOCUMENTS)
+    samples, totals = lm_eval_samples(peer, config, tmp_path)
     for share_context in (True, False):
-        ours = evaluate_hellaswag(
-            model, tokenizer, HellaSwagConfig(limit=NUM_DOCUMENTS), share_context=share_context
-        )
+        ours = evaluate_hellaswag(model, tokenizer, config, share_context=share_context)
         compare(ours, samples, totals)
 
 
