@@ -145,9 +145,9 @@ def export_checkpoint(
 
 
 def _check_floats(info: CheckpointInfo) -> None:
-    if info.source_precision.startswith("compressed-tensors"):
+    if "compressed-tensors" in info.source_precision:
         raise CheckpointError(
-            f"export needs a checkpoint in floats: {info.path} holds {info.source_precision} weights already. Use the "
+            f"export needs a checkpoint in floats: {info.path} is {info.source_precision} already. Use the "
             f"checkpoint that it was made from."
         )
 

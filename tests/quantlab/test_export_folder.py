@@ -148,7 +148,7 @@ def test_experts_in_one_parameter_are_refused_or_skipped(tmp_path: Path) -> None
 
 def test_a_low_bit_source_is_refused(toy: Checkpoint, tmp_path: Path) -> None:
     export(toy, tmp_path / "w8", "w8")
-    with pytest.raises(CheckpointError, match="w8 holds compressed-tensors w8 weights already"):
+    with pytest.raises(CheckpointError, match=r"w8 is \S* ?compressed-tensors w8 already"):
         export(loaded(tmp_path / "w8"), tmp_path / "w4")
 
 
