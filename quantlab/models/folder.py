@@ -4,6 +4,8 @@ The index of the shards is not trusted: it may only name plain files of this fol
 what the index says. Pickles run code when they are read, so they are refused with the way to convert them. No torch.
 """
 
+import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,12 +140,15 @@ def _no_weights(path: Path) -> CheckpointError:
 
 def refused_pickle(path: Path) -> CheckpointError:
     """The refusal of a pickle, with a line that converts its folder where its author is trusted."""
-    folder = path.parent.as_posix()
+    source, target = json.dumps(str(path.parent)), json.dumps(f"{path.parent}-safetensors")
+    code = (
+        f"from transformers import AutoModelForCausalLM as Model, AutoTokenizer as Tokenizer; "
+        f"Model.from_pretrained({source}).save_pretrained({target}); "
+        f"Tokenizer.from_pretrained({source}).save_pretrained({target})"
+    )
     return CheckpointError(
         f"weights must be safetensors: {path} is a pickle, which can run code when it is read. If you trust its "
-        f'author, convert it: python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-        f"M.from_pretrained('{folder}').save_pretrained('{folder}-safe'); "
-        f"T.from_pretrained('{folder}').save_pretrained('{folder}-safe')\""
+        f"author, convert it: python -c {shlex.quote(code)}"
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from quantlab.config import CheckpointConfig
 from quantlab.errors import CheckpointError
 from quantlab.models.architectures import check_config, check_sizes, sizes_of
+from quantlab.models.compressed import unpacked
 from quantlab.models.families import family_of
 from quantlab.models.folder import PICKLES, Folder, open_folder, refused_pickle
 from quantlab.models.gguf_header import read_gguf
@@ -100,11 +101,9 @@ def content_hash(info: CheckpointInfo) -> str:
 def _inspect_folder(path: Path, name: str, folder: Folder, *, trust_remote_code: bool) -> CheckpointInfo:
     config_file = path / "config.json"
     model_type = check_config(folder.config, config_file, trust_remote_code=trust_remote_code)
-    precision, scheme = source_of_folder(folder.config, folder.tensors, path)
-    tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in folder.tensors.items()}
-    return _info(
-        path, "huggingface", name, model_type, folder.config, tensors, (precision, scheme), folder.weights
-    )
+    tensors = unpacked(folder.tensors)
+    source = source_of_folder(folder.config, folder.tensors, path)
+    return _info(path, "huggingface", name, model_type, folder.config, tensors, source, folder.weights)
 
 
 def _inspect_gguf(path: Path) -> CheckpointInfo:
@@ -134,13 +133,15 @@ def _info(
     sizes = sizes_of(config, path)
     family = family_of(model_type)
     vocab_size = check_shapes(tensors, sizes, family, path)
-    architectures = config.get("architectures") or [model_type]
+    architectures = config.get("architectures")
     return CheckpointInfo(
         path=path,
         kind=kind,
         name=name,
         model_type=model_type,
-        architecture=str(architectures[0]),
+        architecture=str(architectures[0])
+        if isinstance(architectures, list) and architectures
+        else model_type,
         tensors=tensors,
         num_parameters=sum(prod(shape) for _, shape in tensors.values()),
         source_precision=source[0],

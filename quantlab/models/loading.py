@@ -93,6 +93,9 @@ def _load_folder(
     info: CheckpointInfo, dtype: torch.dtype, trusted: bool
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     config = AutoConfig.from_pretrained(info.path, trust_remote_code=trusted)
+    if getattr(config, "quantization_config", None):
+        # To plain linears at once, which any scheme can be applied to, not by a hook of the first forward pass.
+        config.quantization_config = {**config.quantization_config, "dequantize": True}
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     model, report = AutoModelForCausalLM.from_pretrained(
         info.path,

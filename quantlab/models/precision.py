@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import CheckpointError
+from quantlab.models.compressed import source_of_quantized
 from quantlab.models.gguf_header import GgufTensor
 from quantlab.models.safetensors_header import StoredTensor
 
@@ -41,7 +42,7 @@ def source_of_folder(config: Mapping[str, Any], tensors: Mapping[str, StoredTens
     """
     quantization = config.get("quantization_config")
     if quantization:
-        return _source_of_quantized(quantization, path)
+        return source_of_quantized(quantization, path)
     kind = _most_common({name: (t.dtype, t.shape) for name, t in tensors.items()})
     if kind not in _DTYPE_NAMES:
         raise CheckpointError(
@@ -49,32 +50,6 @@ def source_of_folder(config: Mapping[str, Any], tensors: Mapping[str, StoredTens
             f"and its config.json has no quantization_config."
         )
     return _DTYPE_NAMES[kind], None
-
-
-def _source_of_quantized(quantization: Any, path: Path) -> Source:
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method != "compressed-tensors":
-        raise CheckpointError(
-            f"checkpoint must be in floats or in compressed-tensors: {path} was quantized by {method!r}. Use the "
-            f"checkpoint that it was made from."
-        )
-    groups = quantization.get("config_groups")
-    if not isinstance(groups, dict) or len(groups) != 1:
-        return "compressed-tensors of several groups", None
-    (group,) = groups.values()
-    try:
-        scheme = _weights_of(group["weights"])
-        activations = group.get("input_activations")
-        scheme += "" if activations is None else f"a{activations['num_bits']}"
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"quantization_config must describe its weights: {path}: {error!r}.") from error
-    return f"compressed-tensors {scheme}", scheme
-
-
-def _weights_of(weights: Mapping[str, Any]) -> str:
-    """`w4g32z` for the weights of a config group."""
-    granularity = {"group": f"g{weights.get('group_size')}", "tensor": "t"}.get(weights["strategy"], "")
-    return f"w{weights['num_bits']}{granularity}{'' if weights['symmetric'] else 'z'}"
 
 
 def _most_common(stored: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:

@@ -37,6 +37,7 @@ class StoredTensor:
 
     dtype: str
     shape: tuple[int, ...]
+    file: Path
     begin: int
     end: int
 
@@ -66,6 +67,16 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in entries.items()}
     _check_layout(path, tensors, 8 + length, size)
     return tensors
+
+
+def read_int64s(tensor: StoredTensor) -> tuple[int, ...]:
+    """The values of a small int64 tensor, such as a stored shape."""
+    if tensor.dtype != "I64" or tensor.end - tensor.begin > 64:
+        raise _broken(tensor.file, f"stores a shape as {tensor.dtype} {list(tensor.shape)}")
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.begin)
+        values = memoryview(file.read(tensor.end - tensor.begin))
+    return tuple(int.from_bytes(values[i : i + 8], "little", signed=True) for i in range(0, len(values), 8))
 
 
 def regular_file(path: Path) -> Any:
@@ -107,7 +118,7 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
             path, f"describes {name!r} by {type(entry).__name__}, not by dtype, shape and data_offsets"
         )
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise _broken(
             path, f"gives {name!r} the dtype {dtype!r}, which is not one of {', '.join(DTYPE_BYTES)}"
         )
@@ -118,7 +129,7 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     begin, end = offsets
     if end - begin != prod(shape) * DTYPE_BYTES[dtype]:
         raise _broken(path, f"gives {name!r} {end - begin} bytes, but {dtype} {shape} takes another number")
-    return StoredTensor(dtype, tuple(shape), data_start + begin, data_start + end)
+    return StoredTensor(dtype, tuple(shape), path, data_start + begin, data_start + end)
 
 
 def _is_naturals(value: Any) -> TypeGuard[list[int]]:

@@ -1,0 +1,69 @@
+"""Checkpoints that are already quantized, in compressed-tensors format: what grid they are on, and their true shapes.
+
+Weights alone are taken: they are dequantized while they load, and the model says so. Quantized activations would have
+to be undone to apply another scheme, so such a checkpoint is refused, as are the formats of other methods. No torch.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantlab.errors import CheckpointError
+from quantlab.models.safetensors_header import StoredTensor, read_int64s
+
+_BESIDE = (".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx", ".weight_global_scale")
+"""Tensors that describe a quantized weight."""
+
+
+def source_of_quantized(quantization: Any, path: Path) -> tuple[str, str | None]:
+    """(source_precision, source_scheme) of a config.json's quantization_config.
+
+    Raises:
+        CheckpointError: another method's format, or quantized activations.
+    """
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method != "compressed-tensors":
+        raise CheckpointError(
+            f"checkpoint must be in floats or in compressed-tensors: {path} was quantized by {method!r}. Use the "
+            f"checkpoint that it was made from."
+        )
+    try:
+        groups = list(quantization["config_groups"].values())
+        touched = [group.get(key) for group in groups for key in ("input_activations", "output_activations")]
+        if any(touched) or quantization.get("kv_cache_scheme"):
+            raise CheckpointError(
+                f"a quantized checkpoint must hold weights alone: {path} quantizes activations or the cache too. "
+                f"Use the checkpoint that it was made from, with a scheme such as w8a8."
+            )
+        schemes = {_scheme_of(group["weights"]) for group in groups}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"quantization_config must describe its weights: config.json of {path} does not ({error!r})."
+        ) from error
+    scheme = schemes.pop() if len(schemes) == 1 else None
+    return f"dequantized {scheme or 'compressed-tensors'}", scheme
+
+
+def unpacked(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (dtype, shape) as the dense model has them: packed weights in their own shape, no scales.
+
+    A dense checkpoint's tensors come back as they are.
+    """
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, tensor in tensors.items():
+        module = name.removesuffix(".weight_packed")
+        if module != name and f"{module}.weight_shape" in tensors:
+            shapes[f"{module}.weight"] = (tensor.dtype, read_int64s(tensors[f"{module}.weight_shape"]))
+        elif not name.endswith(_BESIDE):
+            shapes[name] = (tensor.dtype, tensor.shape)
+    return shapes
+
+
+def _scheme_of(weights: Mapping[str, Any]) -> str | None:
+    """`w4g32z` for the weights of a config group; None for a grid that is not uniform."""
+    if weights.get("type", "int") != "int":
+        return None
+    granularities = {"channel": "", "tensor": "t", "group": f"g{weights.get('group_size')}"}
+    if weights["strategy"] not in granularities:
+        return None
+    return f"w{weights['num_bits']}{granularities[weights['strategy']]}{'' if weights['symmetric'] else 'z'}"
