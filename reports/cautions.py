@@ -10,6 +10,13 @@ from reports.outliers import TENSORS, unprofiled
 
 _PLAIN_PRECISIONS = ("float32", "bfloat16", "float16", "F32", "BF16", "F16", "")
 
+KERNELS = {
+    "int8_mm": "Real integer products",
+    "weight_only": "Weights dequantized from their codes, products in floating point",
+    "simulated": "Simulated: values rounded to their grid, computed in floating point",
+}
+"""Kernel in a record -> what it means for a reader."""
+
 
 def cautions(run: Run, scores: pd.DataFrame, outliers: pd.DataFrame) -> list[str]:
     """Sentences, the gravest first."""
@@ -55,9 +62,10 @@ def _baselines(scores: pd.DataFrame) -> Iterator[str]:
 
 def _kernels(scores: pd.DataFrame) -> Iterator[str]:
     rows = scores[(scores["scheme"] != BASELINE) & (scores["kernel"] != "")]
-    for kernel, group in rows.groupby("kernel", sort=True):
+    for kernels, group in rows.groupby("kernel", sort=True):
         names = ", ".join(dict.fromkeys(visible(scheme) for scheme in group["scheme"]))
-        yield f"Kernel “{visible(kernel)}”: {names}."
+        meanings = [KERNELS.get(kernel, f"Kernel “{visible(kernel)}”") for kernel in str(kernels).split(", ")]
+        yield f"{'; '.join(meanings)}: {names}."
 
 
 def _samples(scores: pd.DataFrame) -> Iterator[str]:

@@ -5,7 +5,7 @@ that of nats per token above it. Otherwise no loss is measured, and the sentence
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +14,25 @@ import pandas as pd
 from reports.load import BASELINE, Run
 from reports.names import visible
 from reports.outliers import TENSORS
+from reports.scores import ENDS, NO_EVIDENCE
 from reports.tables import signed
 
 CHANCE = 0.25
 """HellaSwag accuracy of guessing: one ending in four."""
+SIGNIFICANT = 0.05
+"""Adjusted p below which accuracy counts as changed."""
+TOLERANCE = 0.01
+"""Growth of perplexity that counts as close to the baseline."""
+MOST_NATS = 700.0
+"""exp of more is beyond the range of floats."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence or two about one subject, and the references of the records behind it."""
+    """Sentences about one subject, and the references of the records behind them."""
 
     subject: str
-    text: str
+    points: tuple[str, ...]
     refs: tuple[str, ...]
 
 
@@ -53,19 +60,23 @@ def summary(run: Run) -> str:
 
 
 def cost_findings(scores: pd.DataFrame) -> list[Finding]:
-    """Per checkpoint: which schemes lose nothing measurable, the smallest and the largest loss, and guessing."""
-    compared = scores[scores["margin_change"].notna() | scores["nats_change"].notna()]
+    """Per checkpoint: schemes without measurable loss, losses from small to large, what stays close, guessing.
+
+    Schemes on the source's own grid are left out: they show nothing about their bits.
+    """
+    measured = scores["margin_change"].notna() | scores["nats_change"].notna()
+    compared = scores[measured & ~scores["no_evidence"].str.startswith(NO_EVIDENCE)]
     found: list[Finding] = []
     for checkpoint, rows in compared.groupby("checkpoint", sort=False):
         lost = (rows["margin_change_high"] < 0) | (rows["nats_change_low"] > 0)
-        texts = [_without_loss(rows[~lost]), *_losses(rows[lost]), _fewest_bits(rows[~lost]), _guessing(rows)]
+        points = (_without_loss(rows[~lost]), _losses(rows[lost]), _close(rows), _guessing(rows))
         refs = tuple(dict.fromkeys([*rows["baseline_ref"], *rows["ref"]]))
-        found.append(Finding(visible(checkpoint), " ".join(filter(None, texts)), refs))
+        found.append(Finding(f"{visible(checkpoint)}: what low bits cost", tuple(filter(None, points)), refs))
     return found
 
 
-def outlier_findings(outliers: pd.DataFrame, largest: pd.DataFrame) -> list[Finding]:
-    """Per checkpoint: the largest attention logit and hidden state, and where they are."""
+def outlier_findings(outliers: pd.DataFrame, largest: pd.DataFrame, measures: pd.DataFrame) -> list[Finding]:
+    """Per checkpoint: the largest attention logit and hidden state, where they are, and what the measures say."""
     found: list[Finding] = []
     for checkpoint, rows in outliers.groupby("checkpoint", sort=False):
         tops = largest[largest["checkpoint"] == checkpoint]
@@ -79,30 +90,33 @@ def outlier_findings(outliers: pd.DataFrame, largest: pd.DataFrame) -> list[Find
             texts.append(f"Largest {name}: {row['top1']:,.1f}{times}{place}.")
             if row["tensor"] == "hidden_states":
                 texts.append(_concentration(own))
-        found.append(
-            Finding(visible(checkpoint), " ".join(filter(None, texts)), tuple(dict.fromkeys(rows["ref"])))
-        )
+        texts.append(_measured(measures[measures["checkpoint"] == checkpoint]))
+        subject, refs = f"{visible(checkpoint)}: outliers", tuple(dict.fromkeys(rows["ref"]))
+        found.append(Finding(subject, tuple(filter(None, texts)), refs))
     return [*found, *_compared(outliers)]
 
 
 def accuracy_finding(scores: pd.DataFrame) -> Finding | None:
-    """What accuracy can resolve with this many documents."""
-    rows = scores[scores["mcnemar_p"].notna()]
-    if rows.empty:
+    """What accuracy can tell with this many documents, per checkpoint."""
+    tested = scores[scores["mcnemar_p"].notna()]
+    if tested.empty:
         return None
-    n, detectable = _span(rows["n"], "{:,.0f}"), rows["smallest_detectable"].dropna() * 100
-    told = rows[rows["holm_p"] < 0.05]
-    lines = [
-        f"Accuracy of {n} documents tells {_count(len(told), 'scheme')} of {len(rows)} from the baseline "
-        f"(exact McNemar test, Holm-adjusted p below 0.05){_listed(told['scheme'])}."
-    ]
-    if len(detectable):
-        lines.append(
-            f"The smallest true difference that it would find with 80% power is {_span(detectable, '{:.1f}')} points, "
-            "by scheme. Differences below that are not resolved here: the paired margin and nats per token are the "
-            "numbers to read."
+    points = []
+    for checkpoint, rows in tested.groupby("checkpoint", sort=False):
+        told = rows[rows["holm_p"] < SIGNIFICANT]
+        points.append(
+            f"{visible(checkpoint)}: {_span(rows['n'], '{:,.0f}')} documents tell {len(told)} of "
+            f"{_count(len(rows), 'scheme')} from the baseline{_listed(told['scheme'])} (exact McNemar test of "
+            f"acc_norm, Holm-adjusted p below {SIGNIFICANT})."
         )
-    return Finding("What accuracy can tell", " ".join(lines), tuple(rows["ref"]))
+    detectable = 100 * tested["smallest_detectable"].dropna()
+    if len(detectable):
+        points.append(
+            f"A true difference must reach {_span(detectable, '{:.1f}')} points, depending on how many documents flip, "
+            "to be found with 80% power. What lies below is not resolved by accuracy: the paired margin and nats per "
+            "token are the numbers to read."
+        )
+    return Finding("What accuracy can tell", tuple(points), tuple(tested["ref"]))
 
 
 def _without_loss(rows: pd.DataFrame) -> str:
@@ -110,41 +124,49 @@ def _without_loss(rows: pd.DataFrame) -> str:
         return "Every scheme loses measurably."
     hidden = []
     if rows["nats_change_high"].notna().any():
-        hidden.append(f"{max(rows['nats_change_high'].max(), 0):.2g} nats per token")
+        hidden.append(f"{rows['nats_change_high'].max():.2g} nats per token")
     if rows["margin_change_low"].notna().any():
-        hidden.append(f"{max(-rows['margin_change_low'].min(), 0):.2g} nats of margin per document")
-    could = f" A loss of up to {' or '.join(hidden)} could still hide in their intervals." if hidden else ""
+        hidden.append(f"{-rows['margin_change_low'].min():.2g} nats of margin per document")
+    could = f" Losses up to {' or '.join(hidden)} lie within their intervals." if hidden else ""
     return f"No measurable loss: {_names(rows['scheme'])}.{could}"
 
 
-def _losses(rows: pd.DataFrame) -> Iterator[str]:
+def _losses(rows: pd.DataFrame) -> str:
     if rows.empty:
-        return
-    by = "nats_change" if rows["nats_change"].notna().all() else "margin_change"
-    ordered = rows.sort_values(by, ascending=by == "nats_change", kind="stable")
-    first, last = ordered.iloc[0], ordered.iloc[-1]
-    if len(ordered) == 1:
-        yield f"The one measurable loss: {_loss(first)}."
-        return
-    yield f"Smallest measurable loss: {_loss(first)}."
-    yield f"Largest: {_loss(last)}."
+        return ""
+    if rows["nats_change"].notna().all():
+        ordered = rows.sort_values("nats_change", kind="stable")
+        listed = [f"{visible(row['scheme'])} {_perplexity_change(row)}" for row in ordered.to_dict("records")]
+        return f"Measurable losses, in perplexity of the text, smallest first: {', '.join(listed)}."
+    ordered = rows.sort_values("margin_change", ascending=False, kind="stable")
+    listed = [
+        f"{visible(row['scheme'])} {signed(*(row[f'margin_change{end}'] for end in ENDS))}"
+        for row in ordered.to_dict("records")
+    ]
+    return f"Measurable losses, in nats of margin per document, smallest first: {', '.join(listed)}."
 
 
-def _loss(row: "pd.Series[Any]") -> str:
-    parts = []
-    for name, unit in (("nats_change", "nats per token"), ("margin_change", "nats of margin per document")):
-        value, low, high = (float(row[f"{name}{end}"]) for end in ("", "_low", "_high"))
-        if math.isfinite(value):
-            parts.append(f"{signed(value, low, high)} {unit}")
-            if name == "nats_change" and value < 700:
-                parts[-1] += f", perplexity × {math.exp(value):.4g}"
-    return f"{visible(row['scheme'])} ({'; '.join(parts)})"
+def _perplexity_change(row: Mapping[Hashable, Any]) -> str:
+    """The ratio of perplexities, exp of the change in nats per token, as a percentage or, from twofold, a factor."""
+    value = float(row["nats_change"])
+    if value >= MOST_NATS:
+        shown = "beyond measure"
+    else:
+        shown = f"{100 * math.expm1(value):+.2g}%" if value < math.log(2) else f"×{math.exp(value):.3g}"
+    alone = "" if row["nats_change_low"] > 0 else " (seen in the margin alone)"
+    return shown.replace("-", "−") + alone
 
 
-def _fewest_bits(rows: pd.DataFrame) -> str:
-    fewest = rows[rows["no_evidence"] == ""].groupby("series", sort=False)["bits"].min()
-    listed = "; ".join(f"{visible(series)}: {bits:g}" for series, bits in fewest.items())
-    return f"Fewest bits without measurable loss, by what is quantized: {listed}." if listed else ""
+def _close(rows: pd.DataFrame) -> str:
+    """The fewest bits whose perplexity is shown, not merely not refuted, to stay within the tolerance."""
+    if rows["nats_change_high"].isna().all():
+        return ""
+    close = rows[rows["nats_change_high"] <= math.log1p(TOLERANCE)]
+    if close.empty:
+        return f"No scheme is shown to keep perplexity within {TOLERANCE:.0%} of the baseline's."
+    fewest = close.groupby("series", sort=False)["bits"].min()
+    listed = "; ".join(f"{visible(series)} {bits:g}" for series, bits in fewest.items())
+    return f"Fewest bits that keep perplexity within {TOLERANCE:.0%}, the whole interval counted: {listed}."
 
 
 def _guessing(rows: pd.DataFrame) -> str:
@@ -181,19 +203,34 @@ def _concentration(rows: pd.DataFrame) -> str:
     )
 
 
+def _measured(measures: pd.DataFrame) -> str:
+    """The measures that a reader asks for first, by their papers' definitions."""
+    value = dict(zip(measures["measure"], measures["value"], strict=True))
+    parts = []
+    if (num := value.get("massive_activations / num_activations")) is not None:
+        where = f" in {_count(int(value['massive_activations / num_layers']), 'layer')}" if num else ""
+        parts.append(f"{_count(int(num), 'massive activation')}{where} (Sun et al. 2024)")
+    if (num := value.get("llm_int8_outlier_features / num_features")) is not None:
+        parts.append(f"{_count(int(num), 'outlier feature')} by LLM.int8() (Dettmers et al. 2022)")
+    if (rate := value.get("attention_sink_rate / all_maps")) is not None:
+        parts.append(f"{rate:.0f}% of heads draw to the first token (attention sink rate, Gu et al. 2025)")
+    return f"{'; '.join(parts)}." if parts else ""
+
+
 def _compared(outliers: pd.DataFrame) -> Iterator[Finding]:
-    """Spread of top-1 / median between checkpoints."""
+    """Where top-1 over median is smallest and largest among several checkpoints."""
     known = outliers[outliers["top1_over_median"].notna()].sort_values("top1_over_median", kind="stable")
+    points, refs = [], []
     for tensor, rows in known.groupby("tensor", sort=False):
-        if rows["checkpoint"].nunique() < 2:
-            continue
-        low, high = rows.iloc[0], rows.iloc[-1]
+        if rows["checkpoint"].nunique() > 1:
+            ends = [rows.iloc[0], rows.iloc[-1]]
+            low, high = (f"{visible(row['checkpoint'])} ({row['top1_over_median']:,.1f})" for row in ends)
+            points.append(f"{TENSORS[str(tensor)].capitalize()}: smallest in {low}, largest in {high}.")
+            refs += [str(row["ref"]) for row in ends]
+    if points:
+        points.append("Checkpoints that differ in more than one thing show no cause.")
         yield Finding(
-            f"Between checkpoints: {TENSORS[str(tensor)]}",
-            f"The largest value over the median is smallest in {visible(low['checkpoint'])} "
-            f"({low['top1_over_median']:,.1f}) and largest in {visible(high['checkpoint'])} "
-            f"({high['top1_over_median']:,.1f}). Checkpoints that differ in more than one thing show no cause.",
-            (str(low["ref"]), str(high["ref"])),
+            "Largest value over the median, between checkpoints", tuple(points), tuple(dict.fromkeys(refs))
         )
 
 

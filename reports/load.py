@@ -92,6 +92,14 @@ def scheme_order(scheme: str) -> tuple[int, str, int, str]:
     return place, parsed.series, -parsed.bits, scheme
 
 
+def spans(refs: Sequence[str]) -> str:
+    """References in short: `R1, R3–R5`."""
+    numbers = [int(ref[1:]) for ref in refs]
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(f"R{a}" if a == b else f"R{a}–R{b}" for a, b in zip(starts, ends, strict=True))
+
+
 def load_run(folder: Path) -> Run:
     """Read a run's folder.
 

@@ -38,7 +38,8 @@ def _statistics_row(row: dict[Any, Any], *, quiet: bool = False) -> tuple[Entry,
     else:
         source = str(row["ref"])
         name = text(row["checkpoint"], source=source, link=source)
-    values = [magnitude(row[statistic], source) for statistic in STATISTICS]
+    write = number if quiet else magnitude  # the paper's numbers with the paper's one decimal
+    values = [write(row[statistic], source=source) for statistic in STATISTICS]
     ratio, n = row["top1_over_median"], row.get("n")
     return (name, *values, number(ratio, 1, source), number(n, 0, source))
 

@@ -23,7 +23,7 @@ from reports.figures.activation_tails import activation_tails
 from reports.figures.degradation import degradation
 from reports.figures.topk_layers import topk_layers
 from reports.findings import accuracy_finding, cost_findings, outlier_findings, summary
-from reports.load import Run, load_run
+from reports.load import Run, load_run, spans
 from reports.names import markdown, visible
 from reports.outliers import largest, layers, measures, outliers, tails
 from reports.scores import scores
@@ -40,8 +40,8 @@ CAPTIONS = {
         "four endings. The form is that of Figure 8 of arXiv 2410.05258, which shows attention logits alone."
     ),
     "accuracy_size": (
-        "Scores with 95% intervals against the size of decoder weights, for the baseline and every scheme that makes "
-        "weights smaller."
+        "Scores with 95% intervals against the size of the whole model on disk, for the baseline and every scheme that "
+        "quantizes weights alone."
     ),
     "topk_layers": (
         "Largest magnitudes and the median of every layer, on a logarithmic scale: the paper's Table 5 (arXiv "
@@ -62,6 +62,8 @@ class Picture:
     name: str
     caption: str
     source: str
+    width: int
+    """Width on the page, in CSS pixels."""
     svg: bytes
     png: bytes
 
@@ -91,7 +93,8 @@ def build_report(run_dir: Path) -> Path:
 
 def _content(run: Run) -> dict[str, Any]:
     """Everything that the two templates show."""
-    scored, profiled, kept, by_layer = scores(run), outliers(run), largest(run), layers(run)
+    scored, profiled, kept, measured = scores(run), outliers(run), largest(run), measures(run)
+    by_layer = layers(run)
     drawn = {
         "degradation": degradation(scored),
         "accuracy_bits": accuracy_bits(scored),
@@ -106,7 +109,7 @@ def _content(run: Run) -> dict[str, Any]:
         outlier_tables.largest_logits(kept),
         outlier_tables.largest_states(kept),
         outlier_tables.per_layer(by_layer),
-        outlier_tables.measure_table(measures(run)),
+        outlier_tables.measure_table(measured),
         provenance.quantized_table(run),
         provenance.records_table(run),
         provenance.holes_table(run),
@@ -117,7 +120,7 @@ def _content(run: Run) -> dict[str, Any]:
         "summary": summary(run),
         "costs": cost_findings(scored),
         "accuracy": accuracy_finding(scored),
-        "outliers": outlier_findings(profiled, kept),
+        "outliers": outlier_findings(profiled, kept, measured),
         "cautions": cautions(run, scored, profiled),
         "pictures": {
             name: _picture(name, figure, run) for name, figure in drawn.items() if figure is not None
@@ -130,9 +133,9 @@ def _content(run: Run) -> dict[str, Any]:
 
 def _picture(name: str, figure: Figure, run: Run) -> Picture:
     kind = "profile" if name in ("topk_layers", "activation_tails") else "evaluation"
-    refs = [cell.ref for cell in run.of_kind(kind)]
-    spread = refs[0] if len(refs) == 1 else f"{refs[0]} to {refs[-1]}"
-    return Picture(name, CAPTIONS[name], f"Records: {spread}.", as_svg(figure), as_png(figure))
+    source = f"Records: {spans([cell.ref for cell in run.of_kind(kind)])}."
+    width = round(1.1 * 96 * figure.get_size_inches()[0])
+    return Picture(name, CAPTIONS[name], source, width, as_svg(figure), as_png(figure))
 
 
 def _render(template: str, content: dict[str, Any]) -> bytes:

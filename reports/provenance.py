@@ -2,32 +2,30 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
-import pandas as pd
-
+from reports.cautions import KERNELS
 from reports.load import BASELINE, Cell, Run
-from reports.tables import Entry, Row, Table, grouped, number, text
-
-_SAME = ["action", "why", "bits", "kernel"]
-"""What modules of one row share, besides their name."""
+from reports.tables import Entry, Row, Table, grouped, number, prose, text
 
 
 def records_table(run: Run) -> Table:
     """Every record: reference, what it is, its key, file, sources, settings and data."""
     pairs = [(cell.checkpoint, _record_row(cell)) for cell in run.cells]
     columns = (
-        "Record",
-        "Kind",
-        "Scheme",
+        *(
+            "Record",
+            "Kind",
+            "Scheme",
+            "Code",
+            "Settings",
+            "Data",
+            "Checkpoint",
+            "dtype",
+            "Kernel asked for",
+            "BOS",
+        ),
         "Key and file",
-        "Code",
-        "Settings",
-        "Data",
-        "Checkpoint",
-        "dtype",
-        "Kernel",
-        "BOS",
     )
     note = (
         "Key: SHA-256 of what made the record. Code: of the sources. Settings: of the resolved configuration. "
@@ -45,14 +43,14 @@ def _record_row(cell: Cell) -> tuple[Entry, ...]:
         Entry(cell.ref, source=f"#{cell.ref}"),
         Entry(record.kind),
         text(cell.scheme if record.kind == "evaluation" else ""),
-        text(f"records/{record.key}.json", source=record.key),
         _hash(made_by.get("code")),
         _hash(record.config_fingerprint),
         text("; ".join(_hashes(made_by.get("data")))),
         _hash(checkpoint.get("content_hash")),
         text(checkpoint.get("dtype")),
         text(made_by.get("kernel")),
-        text(made_by.get("bos")),
+        text((record.result.get("hellaswag") or {}).get("bos") or made_by.get("bos")),
+        text(f"records/{record.key}.json", limit=200),
     )
 
 
@@ -79,10 +77,19 @@ def quantized_table(run: Run) -> Table:
         if cell.scheme != BASELINE
         for row in _quantized_rows(cell)
     ]
-    columns = ("Scheme", "Weights by bits", "Action", "Modules", "Which", "Why", "Bits", "Kernel", "Weights")
-    note = (
-        "Shares are of decoder weights. Layers of one kind are counted together; * stands for the layer's number. "
-        "“integer”: real integer products; “simulated”: rounded to the grid and computed in floating point."
+    columns = (
+        "Scheme",
+        "Decoder weights by bits",
+        "Modules",
+        "Count",
+        "Action",
+        "Why",
+        "Bits",
+        "Weights",
+        "Kernel",
+    )
+    note = "* stands for the layer's number. Embeddings and lm_head are no decoder weights. " + "; ".join(
+        f"{name}: {meaning[:1].lower()}{meaning[1:]}" for name, meaning in KERNELS.items()
     )
     return Table("quantized", "What was quantized, and what was not", columns, grouped(pairs), note)
 
@@ -90,20 +97,22 @@ def quantized_table(run: Run) -> Table:
 def _quantized_rows(cell: Cell) -> list[tuple[Entry, ...]]:
     """A row for each kind of module that had the same done to it for the same reason."""
     quantization = cell.record.result.get("quantization") or {}
-    shares = Entry(_shares(quantization.get("share_by_bits") or {}), source=cell.ref)
-    scheme = text(cell.scheme, source=cell.ref, link=cell.ref)
-    modules = pd.DataFrame(quantization.get("rows") or [], columns=["name", *_SAME, "num_weights"])
-    if modules.empty:
-        return [(scheme, shares, *[Entry()] * 7)]
-    modules["name"] = modules["name"].astype(str).str.replace(r"\.\d+(?=\.|$)", ".*", regex=True)
+    start = (
+        text(cell.scheme, source=cell.ref, link=cell.ref),
+        Entry(_shares(quantization.get("share_by_bits") or {}), source=cell.ref),
+    )
     rows: list[tuple[Entry, ...]] = []
-    for kind, group in modules.groupby(["name", *_SAME], sort=False, dropna=False):
-        name, action, why, bits, kernel = cast("tuple[Any, ...]", kind)
-        count = number(len(group), 0, cell.ref)
-        weights = number(pd.to_numeric(group["num_weights"]).sum(), 0, cell.ref)
-        named = (text(name), text(why, limit=160), number(bits, 0, cell.ref), text(kernel))
-        rows.append((scheme, shares, text(action), count, *named, weights))
-    return rows
+    for row in quantization.get("table") or []:
+        count, weights = row.get("count", 1), row.get("num_weights") or 0
+        modules = (
+            text(row.get("name")),
+            number(count, 0, cell.ref),
+            text(row.get("action")),
+            prose(row.get("why")),
+        )
+        sizes = (number(row.get("bits"), 0, cell.ref), number(count * weights, 0, cell.ref))
+        rows.append((*start, *modules, *sizes, text(row.get("kernel"))))
+    return rows or [(*start, *[Entry()] * 7)]
 
 
 def _shares(shares: Mapping[str, Any]) -> str:
@@ -121,7 +130,5 @@ def holes_table(run: Run) -> Table:
 
 def problems_table(run: Run) -> Table:
     """Files that were left out, and why."""
-    rows: tuple[Row, ...] = tuple(
-        (text(problem.file), text(problem.what, limit=400)) for problem in run.problems
-    )
+    rows: tuple[Row, ...] = tuple((text(problem.file), prose(problem.what)) for problem in run.problems)
     return Table("problems", "Damaged, and left out", ("File", "Why"), rows)

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from reports.load import BASELINE
-from reports.tables import Entry, Table, change, grouped, number, text, with_interval
+from reports.tables import Entry, Table, change, grouped, number, probability, text, with_interval
 
 POWER = "80% power, two-sided 5%"
 """Of the smallest detectable difference."""
@@ -26,13 +26,13 @@ def headline(scores: pd.DataFrame) -> Table:
             "Δ nats per token",
             "Perplexity [95%]",
             "acc_norm % [95%]",
-            "Documents",
+            "n",
         ),
         grouped(pairs),
         "± is half a 95% interval, paired over the same documents and blocks of text. Margin: log-likelihood of the "
         "gold ending minus that of the best wrong one; less is worse. More nats per token is worse. "
-        "Coloured changes have an interval that leaves zero out. Stored bits: average per quantized weight, scales "
-        "included. MB: decoder weights.",
+        "Coloured changes have an interval that leaves zero out. Stored bits: average per decoder weight, "
+        "scales included. MB: the whole model on disk. n: documents.",
     )
 
 
@@ -82,12 +82,18 @@ def _headline_row(row: dict[str, Any]) -> tuple[Entry, ...]:
     if row["status"] == "missing":
         return (text(row["scheme"]), Entry("no record", tone="worse"), *[Entry(number=True)] * 6)
     source, pair = row["ref"], paired_source(row)
+    if row["scheme"] == BASELINE:
+        changes = [Entry("baseline", number=True, tone="quiet")] * 2
+    else:
+        changes = [
+            _change(row, "margin_change", pair, more_is="better"),
+            _change(row, "nats_change", pair, more_is="worse"),
+        ]
     return (
         scheme_entry(row),
         number(row["average_storage_bits"], 2, source),
         number(row["weights_bytes"] / 1e6, 1, source),
-        _change(row, "margin_change", pair, more_is="better"),
-        _change(row, "nats_change", pair, more_is="worse"),
+        *changes,
         _scored(row, "perplexity", source),
         _scored(row, "acc_norm", source, factor=100, digits=1),
         number(row["n"], 0, source),
@@ -103,8 +109,8 @@ def _accuracy_row(row: dict[str, Any]) -> tuple[Entry, ...]:
         _scored(row, "acc_norm_change", pair, factor=100, digits=1),
         number(row["lost"], 0, pair),
         number(row["won"], 0, pair),
-        number(row["mcnemar_p"], 3, pair),
-        number(row["holm_p"], 3, pair),
+        probability(row["mcnemar_p"], pair),
+        probability(row["holm_p"], pair),
         number(100 * row["smallest_detectable"], 1, pair),
     )
 

@@ -7,12 +7,13 @@ one) and of nats per token resolve far less than accuracy can, whose smallest de
 Columns ending in _low and _high are the ends of a 95% interval; a number that was not measured is NaN.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from quantlab.records import fingerprint
 from quantlab.statistics import (
     Estimate,
     holm,
@@ -31,6 +32,10 @@ ESTIMATES = {
 """Scores that a record carries with an interval, by task."""
 CHANGES = ("margin_change", "nats_change", "acc_norm_change")
 """Paired changes: nats per document, nats per token, share of documents."""
+NO_EVIDENCE = "no evidence about its bits"
+"""How `no_evidence` starts for a scheme that only puts weights back on the grid that they came from."""
+ENDS = ("", "_low", "_high")
+"""What a column of an estimate and those of its interval end in."""
 TEXTS = ("ref", "key", "checkpoint", "scheme", "status", "series", "detail", "baseline_ref", "baseline_precision",
          "no_evidence", "kernel", "sharing", "note")  # fmt: skip
 NUMBERS = ("bits", "n", "num_tokens", "weights_bytes", "average_storage_bits", "share_below_16", "won", "lost",
@@ -40,13 +45,29 @@ NUMBERS = ("bits", "n", "num_tokens", "weights_bytes", "average_storage_bits", "
 def scores(run: Run) -> pd.DataFrame:
     """A row for each evaluation cell, planned or recorded: by checkpoint, then from the baseline to the fewest bits."""
     cells = run.of_kind("evaluation")
-    rows = [_row(cell, _baseline_of(cell, cells)) for cell in cells]
+    names = _named_settings(cells)
+    rows = [_row(cell, _baseline_of(cell, cells)) | {"checkpoint": names[cell.ref]} for cell in cells]
     rows += [_hole(hole) for hole in run.holes if hole.kind == "evaluation"]
-    places = {name: place for place, name in enumerate(run.checkpoints)}
+    places = {name: place for place, name in enumerate(dict.fromkeys([*run.checkpoints, *names.values()]))}
     rows.sort(key=lambda row: (places[row["checkpoint"]], scheme_order(row["scheme"]), row["key"]))
     return _with_series(
         _with_holm(pd.DataFrame(rows, columns=_columns()).astype(dict.fromkeys(_numeric(), float)))
     )
+
+
+def _named_settings(cells: Sequence[Cell]) -> dict[str, str]:
+    """ref -> checkpoint, numbered where one checkpoint was scored under several settings, which do not compare."""
+    settings: dict[str, list[str]] = {}
+    for cell in cells:
+        found = settings.setdefault(cell.checkpoint, [])
+        if (setting := fingerprint(_setting(cell))) not in found:
+            found.append(setting)
+    return {
+        cell.ref: cell.checkpoint
+        if len(found := settings[cell.checkpoint]) == 1
+        else f"{cell.checkpoint}, setting {found.index(fingerprint(_setting(cell))) + 1}"
+        for cell in cells
+    }
 
 
 def _columns() -> list[str]:
@@ -55,7 +76,7 @@ def _columns() -> list[str]:
 
 def _numeric() -> list[str]:
     estimates = [name for names in ESTIMATES.values() for name in names] + list(CHANGES)
-    return [*NUMBERS, *(f"{name}{end}" for name in estimates for end in ("", "_low", "_high"))]
+    return [*NUMBERS, *(f"{name}{end}" for name in estimates for end in ENDS)]
 
 
 def _hole(hole: Hole) -> dict[str, Any]:
@@ -117,16 +138,8 @@ def _recorded_quantization(cell: Cell) -> dict[str, Any]:
         "weights_bytes": quantization.get("weights_bytes"),
         "average_storage_bits": quantization.get("average_storage_bits"),
         "share_below_16": below if shares else None,
-        "kernel": ", ".join(kernels_of(quantization)) or str(cell.record.made_by.get("kernel") or ""),
+        "kernel": ", ".join(sorted(quantization.get("kernels") or {})),
     }
-
-
-def kernels_of(quantization: Mapping[str, Any]) -> list[str]:
-    """The kernels that the swapped modules ran on, by name."""
-    rows = quantization.get("rows") or []
-    return sorted(
-        {str(row["kernel"]) for row in rows if row.get("action") == "swapped" and row.get("kernel")}
-    )
 
 
 def _checkpoint(cell: Cell) -> Mapping[str, Any]:
@@ -139,8 +152,9 @@ def _no_evidence(cell: Cell) -> str:
     source, name = _checkpoint(cell).get("source_scheme"), read_scheme(cell.scheme)
     if not source or not name.weight_grid or read_scheme(str(source)).weight_grid != name.weight_grid:
         return ""
-    rest = " for the weights" if len(name.parts) > 1 else ""
-    return f"no evidence{rest}: the source is already on this grid ({source})"
+    if len(name.parts) > 1:
+        return f"shows nothing about its weights, for the source is already on their grid ({source})"
+    return f"{NO_EVIDENCE}, for the source is already on this grid ({source})"
 
 
 def _baseline_of(cell: Cell, cells: tuple[Cell, ...]) -> Cell | None:
@@ -205,4 +219,6 @@ def _with_series(frame: pd.DataFrame) -> pd.DataFrame:
     twice = frame[frame.duplicated(["checkpoint", "series", "bits"], keep=False)]
     crowded = frame["series"].isin(set(twice["series"])) & (frame["detail"] != "")
     frame.loc[crowded, "series"] = frame["series"] + ", " + frame["detail"]
+    # Where the figures cannot say more than a sign, a scheme on the source's own grid does not share a line.
+    frame.loc[frame["no_evidence"] != "", "series"] = frame["series"] + " †"
     return frame

@@ -5,10 +5,11 @@ dashes repeat what colour says. Matplotlib's Agg canvas and no dates: the same f
 """
 
 import io
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import seaborn as sns
@@ -16,6 +17,7 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from reports.names import visible
 
@@ -76,10 +78,34 @@ def new_figure(
 
 
 def tidy(axes: Axes, grid: str = "y") -> None:
-    """Keep the grid lines of one direction and the two spines that carry ticks."""
-    sns.despine(ax=axes)
+    """Keep the grid lines of one direction, and the spine across them."""
+    sns.despine(ax=axes, left=grid != "both")
     axes.grid(False)
     axes.grid(True, axis=grid)  # type: ignore[arg-type]
+
+
+def logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
+    """A logarithmic axis whose ticks read 0.01, 1, 1,000, and powers of ten beyond that. Call it after drawing.
+
+    Short axes have ticks at 1, 2 and 5 times a power of ten.
+    """
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high < 300 * low else (1,), numticks=7))
+    axis.set_major_formatter(FuncFormatter(_power))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def legend(figure: Figure, *panels: Axes) -> None:
+    """One legend below all panels, each label once; none where there is nothing to tell apart."""
+    found = {
+        label: handle
+        for axes in panels
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if len(found) > 1:
+        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=min(len(found), 4))
 
 
 def in_figure(text: object, limit: int = 48) -> str:
@@ -113,6 +139,12 @@ def _saved(figure: Figure, kind: str, metadata: dict[str, None]) -> bytes:
     with theme():
         figure.savefig(buffer, format=kind, dpi=PNG_DPI, metadata=metadata)
     return buffer.getvalue()
+
+
+def _power(value: float, _: int = 0) -> str:
+    if 1e-3 <= value < 1e5:
+        return f"{value:,.10g}"
+    return "10" + f"{math.log10(value):.0f}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 @cache

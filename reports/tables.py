@@ -68,6 +68,11 @@ def text(value: object, source: str = "", link: str = "", limit: int = 80) -> En
     return Entry(visible(value, limit), code=True, source=source, link=link)
 
 
+def prose(value: object) -> Entry:
+    """A sentence from a record, at most 400 characters; it may wrap."""
+    return Entry(visible(value, 400)) if value else Entry()
+
+
 def number(value: float | None, digits: int = 1, source: str = "", unit: str = "") -> Entry:
     """A plain number with thousands separated; nothing for NaN."""
     if value is None or not math.isfinite(value):
@@ -76,11 +81,16 @@ def number(value: float | None, digits: int = 1, source: str = "", unit: str = "
 
 
 def magnitude(value: float | None, source: str = "") -> Entry:
-    """A magnitude to four figures, at most one decimal above 100."""
+    """A magnitude with one decimal from 100, two from 1, three below."""
     if value is None or not math.isfinite(value):
         return Entry(number=True)
-    digits = 1 if value >= 100 else 2 if value >= 1 else 4
+    digits = 1 if value >= 100 else 2 if value >= 1 else 3
     return number(value, digits, source)
+
+
+def probability(value: float, source: str = "") -> Entry:
+    """A p-value with three decimals; `<0.001` below that."""
+    return Entry("<0.001", number=True, source=source) if value < 0.001 else number(value, 3, source)
 
 
 def with_interval(value: float, low: float, high: float, digits: int = 2, source: str = "") -> Entry:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reports.load import BASELINE
-from reports.style import MUTED, colours, in_figure, markers, new_figure, theme, tidy
+from reports.style import MUTED, colours, in_figure, legend, markers, new_figure, theme, tidy
 
 CHANCE = 25.0
 """Percent: one ending in four."""
@@ -21,26 +21,25 @@ def accuracy_bits(scores: pd.DataFrame) -> Figure | None:
     series = list(dict.fromkeys(rows.loc[rows["scheme"] != BASELINE, "series"]))
     if not series:
         return None
+    ticks = sorted({16.0, *rows["bits"]}, reverse=True)
     columns = min(len(series), 3)
     depth = -(-len(series) // columns)
     with theme():
         figure, grid = new_figure(1.2 + 3.1 * columns, 0.9 + 2.9 * depth, depth, columns, sharey=True)
         panels = list(grid.flat)
         for axes, name in zip(panels, series, strict=False):
-            _panel(axes, rows, name)
+            _panel(axes, rows, name, ticks)
         for axes in panels[len(series) :]:
             axes.set_visible(False)
         for axes in grid[:, 0]:
             axes.set_ylabel("acc_norm (%)")
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3))
+        legend(figure, panels[0])
     return figure
 
 
-def _panel(axes: Axes, rows: pd.DataFrame, series: str) -> None:
+def _panel(axes: Axes, rows: pd.DataFrame, series: str, ticks: list[float]) -> None:
     names = list(dict.fromkeys(rows["checkpoint"]))
     palette, shapes = colours(names), markers(names)
-    ticks = sorted({16.0, *rows.loc[rows["series"] == series, "bits"]}, reverse=True)
     for place, name in enumerate(names):
         own = rows[(rows["checkpoint"] == name) & ((rows["series"] == series) | (rows["scheme"] == BASELINE))]
         own = own.sort_values("bits", ascending=False)

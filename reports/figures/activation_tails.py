@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reports.outliers import TENSORS
-from reports.style import DASHES, MUTED, colours, in_figure, new_figure, theme, tidy
+from reports.style import DASHES, MUTED, colours, in_figure, legend, logarithmic, new_figure, theme, tidy
 
 SMALLEST_SHOWN = 1e-3
 """Share of the largest magnitude below which nothing is drawn: tails are about the other end."""
@@ -26,8 +26,7 @@ def activation_tails(tails: pd.DataFrame) -> Figure | None:
             _panel(axes, tails[tails["tensor"] == tensor], list(dict.fromkeys(tails["checkpoint"])))
             axes.set_title(TENSORS[tensor].capitalize())
         grid[0, 0].set_ylabel("share of values ≥ magnitude")
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3))
+        legend(figure, grid[0, 0])
     return figure
 
 
@@ -43,8 +42,8 @@ def _panel(axes: Axes, rows: pd.DataFrame, names: list[str]) -> None:
             axes.plot(
                 own["magnitude"].iloc[-1:], own["share"].iloc[-1:], "o", color=palette[name], markersize=4
             )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    logarithmic(axes, "x")
+    logarithmic(axes, "y")
     axes.set_xlabel("magnitude")
     axes.tick_params(which="minor", color=MUTED)
     tidy(axes, grid="both")

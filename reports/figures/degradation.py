@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reports.load import BASELINE
-from reports.style import INK, MUTED, PAPER, colours, in_figure, markers, new_figure, theme, tidy
+from reports.style import INK, MUTED, PAPER, colours, in_figure, legend, markers, new_figure, theme, tidy
+from reports.tables import signed
 
 PANELS = {
     "margin_change": ("Margin on HellaSwag", "nats per document  (left of zero: worse)"),
@@ -32,9 +33,7 @@ def degradation(scores: pd.DataFrame) -> Figure | None:
         figure, grid = new_figure(1.6 + 4.0 * len(panels), 1.5 + 0.34 * slots, 1, len(panels), sharey=True)
         for axes, column in zip(grid[0], panels, strict=True):
             _panel(axes, rows, column, schemes)
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        if len(labels) > 1:
-            figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3))
+        legend(figure, grid[0, 0])
     return figure
 
 
@@ -53,12 +52,15 @@ def _panel(axes: Axes, rows: pd.DataFrame, column: str, schemes: list[str]) -> N
             axes.plot(value[resolved == filled], y[resolved == filled], shapes[name], color=palette[name],
                       markerfacecolor=palette[name] if filled else PAPER)  # fmt: skip
         axes.plot([], [], shapes[name], color=palette[name], label=in_figure(name))
-        for at, height in zip(value, y, strict=True):
-            axes.annotate(f"{at:+.3f}", (1.01, height), xycoords=("axes fraction", "data"), va="center", fontsize=8,
-                          color=MUTED)  # fmt: skip
+        for at, height, least, most in zip(value, y, low, high, strict=True):
+            axes.annotate(signed(at, least, most), (1.01, height), xycoords=("axes fraction", "data"), va="center",
+                          fontsize=8, color=MUTED)  # fmt: skip
     title, label = PANELS[column]
     axes.set_title(title)
     axes.set_xlabel(label)
-    axes.set_yticks(range(len(schemes)), [in_figure(scheme) for scheme in schemes])
+    marked = set(rows.loc[rows["no_evidence"] != "", "scheme"])
+    axes.set_yticks(range(len(schemes)), [in_figure(s) + (" †" if s in marked else "") for s in schemes])
     axes.set_ylim(len(schemes) - 0.45, -0.55)
-    tidy(axes, grid="x")
+    tidy(axes, grid="both")
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)

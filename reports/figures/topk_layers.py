@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from reports.outliers import TENSORS
-from reports.style import DASHES, in_figure, new_figure, theme, tidy
+from reports.style import DASHES, in_figure, legend, logarithmic, new_figure, theme, tidy
 
 LINES = {
     "top1": ("largest", "#08306b", "o"),
@@ -22,7 +22,10 @@ LINES = {
 
 
 def topk_layers(layers: pd.DataFrame) -> Figure | None:
-    """Magnitudes against layer on a logarithmic scale; each softmax map has a dash of its own. None without layers."""
+    """Magnitudes against layer on a logarithmic scale; None without layers.
+
+    Where an architecture has two softmax maps, the largest and the median of each, with a dash of its own.
+    """
     tensors = [tensor for tensor in TENSORS if (layers["tensor"] == tensor).any()]
     checkpoints = list(dict.fromkeys(layers["checkpoint"]))
     if not tensors:
@@ -34,30 +37,33 @@ def topk_layers(layers: pd.DataFrame) -> Figure | None:
             for axes, tensor in zip(line, tensors, strict=True):
                 chosen = layers[(layers["checkpoint"] == checkpoint) & (layers["tensor"] == tensor)]
                 _panel(axes, chosen)
-                axes.set_title(f"{TENSORS[tensor].capitalize()}: {in_figure(checkpoint, 32)}", fontsize=10)
+                if checkpoint == checkpoints[0]:
+                    axes.set_title(TENSORS[tensor].capitalize())
+            whose = f"{in_figure(checkpoint, 28)}\n" if len(checkpoints) > 1 else ""
+            line[0].set_ylabel(f"{whose}magnitude")
         for axes in grid[-1]:
             axes.set_xlabel("layer")
-        for axes in grid[:, 0]:
-            axes.set_ylabel("magnitude")
-        found = {
-            label: handle
-            for axes in grid.flat
-            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=4)
+        legend(figure, *grid.flat)
     return figure
 
 
 def _panel(axes: Axes, rows: pd.DataFrame) -> None:
-    maps = sorted(set(rows["map"]))
-    for place, which in enumerate(maps):
-        own = rows[rows["map"] == which].sort_values("layer")
-        for statistic, (label, colour, marker) in LINES.items():
-            shown = own[own[statistic] > 0]
-            suffix = f", map {which:g}" if len(maps) > 1 and which >= 0 else ""
-            if not shown.empty:
-                axes.plot(shown["layer"], shown[statistic], DASHES[place % len(DASHES)], color=colour, marker=marker,
-                          markersize=3.5, linewidth=1.4, label=label + suffix)  # fmt: skip
-    axes.set_yscale("log")
+    maps = sorted({which for which in rows["map"] if which >= 0})
+    if maps:
+        for which, dash in zip(maps, DASHES, strict=False):
+            _lines(axes, rows[rows["map"] == which], ("top1", "median"), dash, f", map {which + 1:g}")
+    else:
+        _lines(axes, rows, tuple(LINES), "-", "")
+    logarithmic(axes, "y")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     tidy(axes)
+
+
+def _lines(axes: Axes, rows: pd.DataFrame, statistics: tuple[str, ...], dash: str, suffix: str) -> None:
+    rows = rows.sort_values("layer")
+    for statistic in statistics:
+        label, colour, marker = LINES[statistic]
+        shown = rows[rows[statistic] > 0]
+        if not shown.empty:
+            axes.plot(shown["layer"], shown[statistic], dash, color=colour, marker=marker, markersize=3.5,
+                      linewidth=1.4, label=label + suffix)  # fmt: skip

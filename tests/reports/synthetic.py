@@ -35,7 +35,9 @@ def write_run(
     planned, written = [], []
     for place, name in enumerate(checkpoints):
         cells = [profile_cell(name, place, tokens, **checkpoint)] if profile else []
-        cells += [evaluation_cell(name, place, s, tasks, num_documents, **checkpoint) for s in schemes if tasks]
+        cells += [
+            evaluation_cell(name, place, s, tasks, num_documents, **checkpoint) for s in schemes if tasks
+        ]
         for record, items in cells:
             planned.append(record.key)
             if (name, record.made_by["scheme"]) not in absent or record.kind == "profile":
@@ -59,8 +61,14 @@ def made_by(name: str, scheme: str, **checkpoint: Any) -> dict[str, Any]:
         "num_parameters": 134_515_008, "source_precision": "bfloat16", "source_scheme": None, "dtype": "float32",
     }  # fmt: skip
     data = {"hellaswag": "a1" * 32, "perplexity": "b2" * 32}
-    kernel = "integer" if "a" in scheme else "simulated"
-    settings = {"data": data, "evaluation": {"tasks": ["hellaswag"]}, "kernel": kernel, "bos": "never: none", "code": "c3" * 32}
+    kernel = "int8_mm" if "a" in scheme else "weight_only"
+    settings = {
+        "data": data,
+        "evaluation": {"tasks": ["hellaswag"]},
+        "kernel": kernel,
+        "bos": "never: none",
+        "code": "c3" * 32,
+    }
     return {"checkpoint": source | checkpoint, "scheme": scheme, **settings}
 
 
@@ -117,20 +125,37 @@ def _perplexity(items: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def quantization(scheme: str) -> dict[str, Any]:
-    """What `Changes.summary()` says, for 30 layers of two linears and a head."""
+    """What `Changes.summary()` says, for 30 layers of two linears and an embedding."""
     bits = int(scheme[1]) if scheme.startswith("w") and scheme != "w16" else 16
-    kernel = "integer" if "a" in scheme else "simulated"
+    kernel = "simulated" if bits == 16 else "int8_mm" if "a" in scheme else "weight_only"
     storage = bits + (0.5 if "g" in scheme else 0.02 if bits < 16 else 0)
-    rows = [
-        {"name": f"model.layers.{layer}.{linear}", "action": "swapped", "why": "", "bits": bits,
-         "num_weights": NUM_WEIGHTS // 60, "kernel": kernel}
-        for layer in range(30) for linear in ("self_attn.q_proj", "mlp.down_proj") if bits < 16
-    ]  # fmt: skip
-    rows += [{"name": "lm_head", "action": "skipped", "why": "kept at 16 bits", "bits": 16, "num_weights": 28_311_552, "kernel": None}]
+    linears = ("model.layers.*.self_attn.q_proj", "model.layers.*.mlp.down_proj") if bits < 16 else ()
+    names = linears or (("model.layers.*.self_attn.attn_logits",) if scheme.startswith("l") else ())
+    size = NUM_WEIGHTS // 60 if linears else 0
+    table = [
+        {
+            "count": 30,
+            "name": name,
+            "action": "swapped",
+            "why": scheme,
+            "bits": bits,
+            "num_weights": size,
+            "kernel": kernel,
+        }
+        for name in names
+    ]
+    if table:
+        why = "outside the decoder layers (embeddings and lm_head stay at 16 bits)"
+        kept = {"count": 1, "name": "model.embed_tokens", "action": "skipped", "why": why, "bits": 16}
+        table.append(kept | {"num_weights": 28_311_552, "kernel": ""})
     return {
-        "share_by_bits": {str(bits): 1.0}, "weights_bytes": int(NUM_WEIGHTS * storage / 8),
-        "average_storage_bits": storage, "rows": rows,
-    }  # fmt: skip
+        "scheme": scheme,
+        "share_by_bits": {str(bits): 1.0},
+        "average_storage_bits": storage,
+        "weights_bytes": int(NUM_WEIGHTS * storage / 8 + 28_311_552 * 2),
+        "kernels": {kernel: 30 * len(names)} if names else {},
+        "table": table,
+    }
 
 
 def profile_cell(
@@ -141,7 +166,10 @@ def profile_cell(
     edges = np.geomspace(1e-4, 1.0, 200)
     items: dict[str, list[Any]] = {"tensor": [], "layer": [], "map": [], "magnitude": [], "count": []}
     result: dict[str, Any] = {"num_sequences": 8, "sequence_length": 512, "unprofiled": None}
-    for tensor, top, median in (("attention_logits", 60.0 / (1 + seed), 2.4), ("hidden_states", 9800.0 / (1 + seed), 0.9)):
+    for tensor, top, median in (
+        ("attention_logits", 60.0 / (1 + seed), 2.4),
+        ("hidden_states", 9800.0 / (1 + seed), 0.9),
+    ):
         by_layer = [_layer(tensor, layer, top, median, draw) for layer in range(30)]
         best = max(by_layer, key=lambda row: row["top1"])
         result[tensor] = {
@@ -156,20 +184,38 @@ def profile_cell(
                                   ("magnitude", edges * row["top1"]), ("count", counts)):  # fmt: skip
                 items[name_].extend(column)
     result["measures"] = {
-        "massive_activations": {"count": 12, "layers": [3, 4]}, "inf_norm": 9800.0, "kurtosis": 1778.4,
-        "attention_sink_rate": 61.2,
-    }  # fmt: skip
+        "massive_activations": {
+            "num_activations": 12,
+            "num_layers": 24,
+            "largest": 9800.0,
+            "per_layer": [{"layer": 0}],
+        },
+        "llm_int8_outlier_features": {"num_features": 3, "share_of_layers": 0.9},
+        "inf_norm": {"value": 9800.0, "largest_tensor": "model.layers.4"},
+        "kurtosis": {"value": 1778.4, "num_tensors": 151},
+        "attention_sink_rate": {"length": 64, "threshold": 0.3, "all_maps": 61.2},
+    }
     record = Record.of("profile", made_by(name, "w16", **checkpoint), {"seed": seed}, result)
     return record, {"histogram": {key: np.array(column) for key, column in items.items()}}
 
 
 def _layer(tensor: str, layer: int, top: float, median: float, draw: np.random.Generator) -> dict[str, Any]:
-    shape = (0.55 + 0.45 * np.sin(layer / 4) ** 2) if tensor == "attention_logits" else (1.0 if layer > 3 else 0.002)
+    shape = (
+        (0.55 + 0.45 * np.sin(layer / 4) ** 2)
+        if tensor == "attention_logits"
+        else (1.0 if layer > 3 else 0.002)
+    )
     values = np.sort(top * shape * draw.uniform(0.93, 1.0, 5))[::-1]
     values[3] *= 0.9 if tensor == "attention_logits" else 0.5
     values[4] = values[3] * (0.85 if tensor == "attention_logits" else 0.02)
     level = median * (0.6 + layer / 40)
-    return {"layer": layer, "map": None, "n": 4_718_592, **dict(zip(STATISTICS, map(float, values), strict=True)), "median": level}
+    return {
+        "layer": layer,
+        "map": None,
+        "n": 4_718_592,
+        **dict(zip(STATISTICS, map(float, values), strict=True)),
+        "median": level,
+    }
 
 
 def _top(
@@ -179,5 +225,12 @@ def _top(
     common = {"value": value, "layer": best["layer"], "sequence": rank % 8}
     if tensor == "attention_logits":
         query = int(draw.integers(1, 511))
-        return common | {"head": 4, "map": 0, "query": query, "key": 0, "query_token": token, "key_token": tokens[0]}
+        return common | {
+            "head": 4,
+            "map": 0,
+            "query": query,
+            "key": 0,
+            "query_token": token,
+            "key_token": tokens[0],
+        }
     return common | {"position": 0 if rank % 4 else 17, "channel": 181 if rank % 5 else 45, "token": token}
