@@ -21,14 +21,13 @@ import torch
 from transformers import PreTrainedModel
 
 import quantlab
-from quantlab.errors import CheckpointError
 from quantlab.export.atomic import new_folder
 from quantlab.export.formats import find_format
 from quantlab.export.linears import choose_linears
 from quantlab.export.model_card import CardFacts, matching_scores, model_card
 from quantlab.export.shards import Layout, write_shards
 from quantlab.export.tensors import dtype_name, model_parts, stored_dtype, tied_names
-from quantlab.models.inspection import CheckpointInfo, content_hash
+from quantlab.models.inspection import content_hash
 from quantlab.records import Record
 from quantlab.schemes import Scheme, check_shapes
 
@@ -60,14 +59,8 @@ class ExportSummary:
 
     def summary(self) -> dict[str, Any]:
         """The same as JSON-ready data."""
-        return {
-            name: str(value)
-            if isinstance(value, Path)
-            else list(value)
-            if isinstance(value, tuple)
-            else value
-            for name, value in vars(self).items()
-        }
+        lists = {"swapped": list(self.swapped), "skipped": list(self.skipped)}
+        return vars(self) | {"path": str(self.path)} | lists
 
 
 def export_checkpoint(
@@ -94,14 +87,12 @@ def export_checkpoint(
     Raises:
         ConfigError: unknown format.
         SchemeError: the format, or this model, cannot hold the scheme.
-        CheckpointError: the source holds low-bit weights already, or its architecture's tensors are not stored as the
-            model holds them.
+        CheckpointError: the architecture's tensors are not stored as the model holds them.
         OutputError: the folder exists or cannot be written; what was there is untouched.
     """
     form = find_format(format_name)
     form.check(scheme)
     model = checkpoint.model
-    _check_floats(checkpoint.info)
     linears = choose_linears(model, skip)
     check_shapes(scheme, {target.name: (target.shape[0], target.shape[1]) for target in linears["swapped"]})
     swapped, skipped = ([target.name for target in linears[what]] for what in ("swapped", "skipped"))
@@ -142,14 +133,6 @@ def export_checkpoint(
         swapped=tuple(swapped),
         skipped=tuple(skipped),
     )
-
-
-def _check_floats(info: CheckpointInfo) -> None:
-    if "compressed-tensors" in info.source_precision:
-        raise CheckpointError(
-            f"export needs a checkpoint in floats: {info.path} is {info.source_precision} already. Use the "
-            f"checkpoint that it was made from."
-        )
 
 
 def _write_configs(folder: Path, model: PreTrainedModel, layout: Layout, dtype: torch.dtype) -> None:

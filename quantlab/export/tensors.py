@@ -77,7 +77,7 @@ def _same_memory(first: Tensor, second: Tensor) -> bool:
 def _checkpoint_names(model: PreTrainedModel, names: Sequence[str]) -> dict[str, str]:
     """Name in the model -> name in its checkpoints, for architectures that transformers renames while loading."""
     conversions = getattr(model, "_weight_conversions", None) or ()
-    if any(isinstance(conversion, WeightConverter) for conversion in conversions):
+    if any(_changes_tensors(conversion) for conversion in conversions):
         raise CheckpointError(
             f"export needs an architecture whose tensors are stored as the model holds them: "
             f"{type(model).__name__} merges or splits them while loading. Evaluate it instead."
@@ -85,3 +85,10 @@ def _checkpoint_names(model: PreTrainedModel, names: Sequence[str]) -> dict[str,
     markers = {name: torch.tensor(position) for position, name in enumerate(names)}
     stored = {int(marker): name for name, marker in revert_weight_conversion(model, markers).items()}
     return {name: stored[position] for position, name in enumerate(names)}
+
+
+def _changes_tensors(conversion: object) -> bool:
+    """Whether a conversion that transformers made while loading has to be undone on values, and not on names only."""
+    operations = conversion.operations if isinstance(conversion, WeightConverter) else ()
+    # Dequantizing has no way back but to leave the floats as they are, which is what is wanted here.
+    return any(type(operation.reverse_op).__name__ != "_IdentityOp" for operation in operations)

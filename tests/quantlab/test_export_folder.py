@@ -146,10 +146,13 @@ def test_experts_in_one_parameter_are_refused_or_skipped(tmp_path: Path) -> None
     assert tensors_of(tmp_path / "out")["model.layers.0.mlp.experts"].shape == (2, 64, 64)
 
 
-def test_a_low_bit_source_is_refused(toy: Checkpoint, tmp_path: Path) -> None:
-    export(toy, tmp_path / "w8", "w8")
-    with pytest.raises(CheckpointError, match=r"w8 is \S* ?compressed-tensors w8 already"):
-        export(loaded(tmp_path / "w8"), tmp_path / "w4")
+def test_a_low_bit_source_is_labelled_and_gets_the_same_codes_back(toy: Checkpoint, tmp_path: Path) -> None:
+    export(toy, tmp_path / "first", "w8")
+    export(loaded(tmp_path / "first"), tmp_path / "second", "w8")
+    first, second = tensors_of(tmp_path / "first"), tensors_of(tmp_path / "second")
+    assert set(first) == set(second)
+    assert all(torch.equal(first[name], second[name]) for name in first if name.endswith("_packed"))
+    assert "already quantized (dequantized w8)" in (tmp_path / "second/README.md").read_text()
 
 
 def test_files_have_ordinary_permissions(toy: Checkpoint, tmp_path: Path) -> None:
