@@ -7,7 +7,8 @@ as `run_cells` and are added beside it.
 
 Workers are spawned, live for many cells (so `work` may keep a loaded model at module level) and end when the parent
 does, however it ends. A worker that is killed is replaced and its cell tried again, at most `MAX_RETRIES` times. A
-cell that fails does not stop the others; its error is raised when all are through.
+cell that fails does not stop the others, and its error is raised when all are through; but when a result cannot be
+written, no further cell is begun.
 """
 
 import multiprocessing
@@ -24,7 +25,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
-from quantlab.errors import EvaluationError, UserError
+from quantlab.errors import EvaluationError, OutputError, UserError
 
 MAX_RETRIES = 2
 """Times that a cell is tried again after its worker died."""
@@ -93,6 +94,8 @@ class _Board:
     on_event: OnEvent
     results: list[Any]
     failures: dict[int, Exception] = field(default_factory=dict)
+    stopped: bool = False
+    """No further cell is begun: its result could not be kept."""
 
     def settle(self, cell: int, outcome: tuple[str, Any]) -> None:
         verdict, value = outcome
@@ -102,6 +105,7 @@ class _Board:
         else:
             failure = value if verdict == "failed" else CellError(f"a bug in cell {cell}:\n{value}")
             self.failures[cell] = failure
+            self.stopped |= isinstance(failure, OutputError)
             # A user's error is one sentence; a traceback says in its last line what happened.
             self.on_event(Event("failed", cell, message=str(value).strip().rpartition("\n")[2]))
 
@@ -127,6 +131,8 @@ def _attempt(work: Work, cell: Any, advance: Advance) -> tuple[str, Any]:
 
 def _run_here(cells: Sequence[Any], work: Work, board: _Board) -> None:
     for position, cell in enumerate(cells):
+        if board.stopped:
+            return
         board.on_event(Event("started", position))
 
         def advance(amount: int, position: int = position) -> None:
@@ -163,6 +169,8 @@ def _run_in_workers(cells: Sequence[Any], work: Work, board: _Board, workers: in
                 if not _listen(worker, board):
                     crew.remove(worker)
                     _bury(worker, waiting, retries, board)
+            if board.stopped:
+                waiting.clear()
     except BaseException:
         for worker in crew:
             worker.process.kill()

@@ -52,7 +52,8 @@ class RunStore:
         for name in ("records", "sidecars"):
             _make(self.folder / name)
         body = {"config": plain(config), "config_fingerprint": fingerprint(config)}
-        write_sealed(self.folder / "run.json", body | {"records": None if keys is None else list(keys)})
+        with self._held("run"):
+            write_sealed(self.folder / "run.json", body | {"records": None if keys is None else list(keys)})
 
     def path(self, key: str) -> Path:
         """Where the record of this key is or will be."""
@@ -81,23 +82,29 @@ class RunStore:
     def claim(self, key: str) -> Iterator[bool]:
         """Be the only one that computes this key; yields whether it still has to be computed.
 
-        Waits while another process holds the claim. What a killed process left half-written is removed.
+        Waits while another process holds the claim.
         """
-        path = self.folder / ".claims" / key
+        with self._held(key):
+            yield not self.has(key)
+
+    @contextmanager
+    def _held(self, name: str) -> Iterator[None]:
+        """Be the only writer of NAME's files; what a killed writer left half-written is removed."""
+        path = self.folder / ".claims" / name
         descriptor, locked = _lock(path)
         try:
             if locked:
-                self._remove_leftovers(key)
-            yield not self.has(key)
+                self._remove_leftovers(name)
+            yield
         finally:
             if locked:
                 with suppress(OSError):
                     path.unlink()
             os.close(descriptor)
 
-    def _remove_leftovers(self, key: str) -> None:
-        for folder in ("records", "sidecars"):
-            for leftover in (self.folder / folder).glob(f".{key}.*.tmp"):
+    def _remove_leftovers(self, name: str) -> None:
+        for folder in (self.folder, self.folder / "records", self.folder / "sidecars"):
+            for leftover in folder.glob(f".{name}.*.tmp"):
                 leftover.unlink(missing_ok=True)
 
 

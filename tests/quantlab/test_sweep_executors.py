@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from quantlab.errors import EvaluationError, SchemeError
+from quantlab.errors import EvaluationError, OutputError, SchemeError
 from quantlab.sweep.executors import CellError, Event, run_cells
 
 _served: list[object] = []
@@ -34,6 +34,10 @@ def compute(cell, advance):
         )
     if action == "refuse":
         raise SchemeError(f"no such scheme: {rest[0]}.")
+    if action == "pause":
+        return time.sleep(0.1)
+    if action == "full":
+        raise OutputError("results must be writable: disk full.")
     if action == "bug":
         return {}["missing"]
     if action == "unpicklable":
@@ -118,6 +122,19 @@ def test_a_bug_brings_its_traceback_and_comes_before_a_users_error(workers):
         run_cells(cells, compute, workers=workers, on_event=events.append)
     assert kinds_by_cell(events)[2][-1] == "finished"
     assert [e.message for e in events if e.cell == 1 and e.kind == "failed"] == ["KeyError: 'missing'"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_cell_is_begun_once_results_cannot_be_written(workers):
+    events: list[Event] = []
+    cells = [("square", 1), ("full",), *[("pause",)] * 20]
+    with pytest.raises(OutputError, match="disk full"):
+        run_cells(cells, compute, workers=workers, on_event=events.append)
+    begun = kinds_by_cell(events)
+    assert begun[0][-1] == "finished"
+    assert all(kinds[-1] in ("finished", "failed") for kinds in begun.values()), "cells in flight are kept"
+    # The cell before it, and with two workers what the other took on while this one failed.
+    assert len(begun) == 2 if workers == 1 else len(begun) < len(cells)
 
 
 def test_a_result_that_does_not_pickle_is_a_bug():
