@@ -1,0 +1,39 @@
+"""What is declared of each architecture."""
+
+from quantlab.models.architectures import known_architectures
+from quantlab.models.families import FAMILIES, Family, family_of
+from quantlab.models.gguf_names import GGUF_ARCHITECTURES
+from tests import toys
+
+
+def test_an_unlisted_architecture_is_scored_unpacked() -> None:
+    assert family_of("no_such_model") == Family(packable=False, masks="single")
+
+
+def test_every_family_is_known_to_transformers_and_has_a_toy() -> None:
+    assert FAMILIES.keys() <= known_architectures()
+    assert FAMILIES.keys() <= toys.FAMILIES.keys()
+
+
+def test_families_that_take_a_mask_by_layer_type_are_declared() -> None:
+    """A dictionary of masks is taken exactly by the models whose config names a type for every layer."""
+    for name, family in FAMILIES.items():
+        typed = getattr(toys.toy_config(name), "layer_types", None) is not None
+        assert (family.masks == "by_layer_type") == typed, name
+
+
+def test_families_shaped_like_llama_are() -> None:
+    for name, family in FAMILIES.items():
+        names = {module.rpartition(".")[2] for module, _ in toys.toy_model(name).named_modules()}
+        projections = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+        assert family.llama_shapes == (projections <= names), name
+
+
+def test_transposed_linears_are_those_of_conv1d() -> None:
+    for name, family in FAMILIES.items():
+        kinds = {type(module).__name__ for module in toys.toy_model(name).modules()}
+        assert family.transposed_linears == ("Conv1D" in kinds), name
+
+
+def test_every_gguf_architecture_is_a_family() -> None:
+    assert {architecture.model_type for architecture in GGUF_ARCHITECTURES.values()} <= FAMILIES.keys()

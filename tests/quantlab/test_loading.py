@@ -1,0 +1,204 @@
+"""What a loaded checkpoint is: the model transformers loads, complete, quiet, and ready to be evaluated."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from quantlab.config import CheckpointConfig
+from quantlab.errors import CheckpointError, ConfigError
+from quantlab.models.inspection import inspect_checkpoint
+from quantlab.models.loading import Checkpoint, load_checkpoint, resolve_device, resolve_dtype
+from tests.toys import FAMILIES, save_checkpoint, toy_model, toy_tokenizer
+
+
+def loaded(path: Path, **options: Any) -> Checkpoint:
+    return load_checkpoint(CheckpointConfig(path=str(path), device="cpu", **options))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_is_the_one_that_was_saved(tmp_path: Path, family: str) -> None:
+    checkpoint = loaded(save_checkpoint(family, tmp_path / family))
+    model = toy_model(family)
+    assert type(checkpoint.model) is type(model)
+    ours, theirs = checkpoint.model.state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_the_model_is_ready_to_be_evaluated(toy_folder: Path) -> None:
+    checkpoint = loaded(toy_folder)
+    assert not checkpoint.model.training
+    assert not any(parameter.requires_grad for parameter in checkpoint.model.parameters())
+    assert checkpoint.model.config._attn_implementation == "sdpa"
+    assert checkpoint.model.dtype == torch.float32
+    assert checkpoint.family.packable
+    text = "A text = of 12 words, \n\n with é."
+    assert checkpoint.tokenizer.encode(text) == toy_tokenizer().encode(text)
+    assert checkpoint.model.generation_config is not None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_are_rounded_once_to_the_asked_dtype(toy_folder: Path, dtype: str) -> None:
+    model = loaded(toy_folder, dtype=dtype).model
+    expected = toy_model().to(getattr(torch, dtype)).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_known_info_is_not_inspected_again(toy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CheckpointConfig(path=str(toy_folder), device="cpu")
+    info = inspect_checkpoint(config)
+    monkeypatch.setattr(
+        "quantlab.models.loading.inspect_checkpoint", lambda _: pytest.fail("inspected again")
+    )
+    assert load_checkpoint(config, info).info is info
+
+
+def test_loading_prints_nothing_and_leaves_logging_as_it_was(
+    toy_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    loaded(toy_folder)
+    assert capfd.readouterr() == ("", "")
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_loading_leaves_the_global_random_state_alone(toy_folder: Path) -> None:
+    before = torch.get_rng_state()
+    loaded(toy_folder)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_logging_is_restored_after_a_failure(toy_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(toy_folder, tmp_path / "toy"))
+    (folder / "tokenizer.json").write_text("garbage")
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with pytest.raises(CheckpointError):
+        loaded(folder)
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_a_config_cannot_choose_the_attention(toy_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(toy_folder, tmp_path / "toy"))
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("_attn_implementation", "attn_implementation"):
+        (folder / "config.json").write_text(json.dumps(config | {key: "someone/some-kernel"}))
+        assert loaded(folder).model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("stored", ["once", "twice"])
+def test_a_tied_head_is_the_embedding(tmp_path: Path, stored: str) -> None:
+    folder = save_checkpoint("llama", tmp_path / "tied", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    if stored == "twice":
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model = loaded(folder).model
+    assert torch.equal(model.get_output_embeddings().weight, tensors["model.embed_tokens.weight"])
+
+
+def test_a_stored_head_that_differs_from_the_embedding_is_not_tied(tmp_path: Path) -> None:
+    folder = save_checkpoint("llama", tmp_path / "tied", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model = loaded(folder).model
+    assert torch.equal(model.get_output_embeddings().weight, tensors["lm_head.weight"])
+
+
+def compress(folder: Path) -> dict[str, torch.Tensor]:
+    """Make the matrices of a toy folder 8-bit compressed-tensors, one scale a row; returns what they amount to."""
+    tensors, dense = load_file(folder / "model.safetensors"), {}
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight_OI = tensors[name]
+        scale_O1 = weight_OI.abs().amax(1, keepdim=True) / 127
+        tensors[name] = (weight_OI / scale_O1).round().to(torch.int8)
+        tensors[f"{name}_scale"] = scale_O1
+        dense[name] = tensors[name] * scale_O1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return dense
+
+
+def test_compressed_tensors_weights_become_plain_linears_and_are_labelled(
+    toy_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(toy_folder, tmp_path / "toy"))
+    dense = compress(folder)
+    checkpoint = loaded(folder)
+    assert (checkpoint.info.source_precision, checkpoint.info.source_scheme) == ("dequantized w8", "w8")
+    assert checkpoint.info.linears == inspect_checkpoint(CheckpointConfig(path=str(toy_folder))).linears
+    weights = dict(checkpoint.model.named_parameters())
+    assert weights.keys() == dict(toy_model().named_parameters()).keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in dense.items())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_trusted_code_of_a_checkpoint_is_run_and_untrusted_is_not(
+    toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    folder = Path(shutil.copytree(toy_folder, tmp_path / "own_code"))
+    code = (
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    (folder / "modeling_own.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text()) | {
+        "model_type": "own_llama",
+        "auto_map": {
+            "AutoConfig": "modeling_own.OwnConfig",
+            "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="--trust-remote-code"):
+        loaded(folder)
+    checkpoint = loaded(folder, trust_remote_code=True)
+    assert type(checkpoint.model).__name__ == "OwnForCausalLM"
+    expected = toy_model().state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in checkpoint.model.state_dict().items())
+    assert not checkpoint.family.packable
+
+
+def test_devices_and_dtypes() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+    assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
+
+
+@pytest.mark.parametrize(("name", "num_devices"), [("cuda", 0), ("cuda:1", 1)])
+def test_a_device_that_is_not_there_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, num_devices: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_devices)
+    with pytest.raises(ConfigError, match=f"device '{name}' must exist: .* {num_devices} CUDA devices"):
+        load_checkpoint(CheckpointConfig(path="never/looked-at", device=name))
+
+
+@pytest.mark.gpu
+def test_a_checkpoint_loads_to_cuda_in_bfloat16(toy_folder: Path) -> None:
+    model = load_checkpoint(CheckpointConfig(path=str(toy_folder), device="cuda")).model
+    assert (model.device.type, model.dtype) == ("cuda", torch.bfloat16)
+    expected = AutoModelForCausalLM.from_pretrained(toy_folder, dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(tensor.cpu(), expected[name]) for name, tensor in model.state_dict().items())
