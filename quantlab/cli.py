@@ -25,6 +25,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it; typer answers with it by itself, or raises, by version."""
 USAGE_ERROR: Any = typer.BadParameter.__base__
 """click's UsageError, which typer carries inside itself or imports, by version."""
 
@@ -272,9 +274,9 @@ def _exit_code(arguments: list[str]) -> int:
         error.show()
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        return _complain(
-            "interrupted; what was recorded is kept, and the same command goes on from there.", 130
-        )
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        _complain("interrupted; what was recorded is kept, and the same command goes on from there.", code)
     return code if isinstance(code, int) else 0
 
 

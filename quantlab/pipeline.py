@@ -49,6 +49,7 @@ def run(config: RunConfig, watching: OnStart, only: str | None = None) -> list[R
         UserError: a fault of checkpoint, scheme, data or place, found before anything is computed where possible.
     """
     infos, data = check(config)
+    check_writable(config.folder)
     jobs = [
         job
         for job in _jobs(config, infos, data)
@@ -159,7 +160,11 @@ def run_job(job: Job, advance: Advance) -> None:
     with store.claim(job.key) as missing:
         if not missing:
             return
-        checkpoint = _loaded(job.config.checkpoints[job.cell.checkpoint], job.config.sweep.threads)
+        content, source = (
+            job.made_by["checkpoint"]["content_hash"],
+            job.config.checkpoints[job.cell.checkpoint],
+        )
+        checkpoint = _loaded(content, source, job.config.sweep.threads)
         wall, cpu = perf_counter(), process_time()
         if job.cell.kind == "profile":
             assert job.config.profile is not None
@@ -171,8 +176,8 @@ def run_job(job: Job, advance: Advance) -> None:
 
 
 @lru_cache(maxsize=1)
-def _loaded(config: CheckpointConfig, threads: int) -> "Checkpoint":
-    """The checkpoint that this process works on; the next one replaces it."""
+def _loaded(content: str, config: CheckpointConfig, threads: int) -> "Checkpoint":
+    """The checkpoint of this content that this process works on; the next one replaces it."""
     import torch
 
     from quantlab.models.loading import load_checkpoint

@@ -80,9 +80,10 @@ class RunProgress:
         self._finished += 1
         self._move(event.cell, self._cells[event.cell].cost)
         title = self._cells[event.cell].title
-        if event.kind == "failed":
+        # A lone cell's failure is the command's own, which says it once.
+        if event.kind == "failed" and len(self._cells) > 1:
             self._say(f"{title}: failed: {event.message}")
-        elif not self._console.is_terminal:
+        elif event.kind == "finished" and not self._console.is_terminal:
             self._say(f"{title}: done, {self._finished} of {len(self._cells)}{self._remaining()}")
 
     def _remaining(self) -> str:
