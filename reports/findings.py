@@ -12,10 +12,10 @@ from typing import Any
 import pandas as pd
 
 from reports.load import BASELINE, Run
-from reports.names import visible
+from reports.names import token, visible
 from reports.outliers import TENSORS
 from reports.scores import ENDS, NO_EVIDENCE
-from reports.tables import signed
+from reports.tables import magnitude, signed
 
 CHANCE = 0.25
 """HellaSwag accuracy of guessing: one ending in four."""
@@ -69,7 +69,8 @@ def cost_findings(scores: pd.DataFrame) -> list[Finding]:
     found: list[Finding] = []
     for checkpoint, rows in compared.groupby("checkpoint", sort=False):
         lost = (rows["margin_change_high"] < 0) | (rows["nats_change_low"] > 0)
-        points = (_without_loss(rows[~lost]), _losses(rows[lost]), _close(rows), _guessing(rows))
+        scored = scores[scores["checkpoint"] == checkpoint]
+        points = (_without_loss(rows[~lost]), _losses(rows[lost]), _close(rows), _guessing(scored))
         refs = tuple(dict.fromkeys([*rows["baseline_ref"], *rows["ref"]]))
         found.append(Finding(f"{visible(checkpoint)}: what low bits cost", tuple(filter(None, points)), refs))
     return found
@@ -87,7 +88,7 @@ def outlier_findings(outliers: pd.DataFrame, largest: pd.DataFrame, measures: pd
             ratio = row["top1_over_median"]
             times = f", {ratio:,.0f} times the median" if math.isfinite(ratio) else ""
             name = TENSORS[row["tensor"]].removesuffix("s")
-            texts.append(f"Largest {name}: {row['top1']:,.1f}{times}{place}.")
+            texts.append(f"Largest {name}: {magnitude(row['top1']).text}{times}{place}.")
             if row["tensor"] == "hidden_states":
                 texts.append(_concentration(own))
         texts.append(_measured(measures[measures["checkpoint"] == checkpoint]))
@@ -173,6 +174,8 @@ def _guessing(rows: pd.DataFrame) -> str:
     guessed = rows[(rows["acc_norm_low"] <= CHANCE) & (rows["acc_norm_high"] >= CHANCE)]
     if guessed.empty:
         return ""
+    if BASELINE in set(guessed["scheme"]):
+        return "Not even the baseline's accuracy can be told from guessing (25%)."
     return f"Accuracy cannot be told from guessing (25%) under {_names(guessed['scheme'])}."
 
 
@@ -183,9 +186,9 @@ def _place(row: "pd.Series[Any]") -> str:
         if pd.notna(row[name]) and not (name == "map" and row[name] == 0):
             parts.append(f"{name} {row[name]:.0f}")
     for name, at in (("query", "query"), ("key", "key_position"), ("", "position")):
-        token = row[f"{name}_token" if name else "token"]
+        text = row[f"{name}_token" if name else "token"]
         if pd.notna(row[at]):
-            quoted = f" “{visible(token, 40)}”" if isinstance(token, str) else ""
+            quoted = f" “{token(text)}”" if isinstance(text, str) else ""
             parts.append(f"{name or 'token'}{quoted} at position {row[at]:.0f}")
     return ", ".join(parts)
 
@@ -213,7 +216,7 @@ def _measured(measures: pd.DataFrame) -> str:
     if (num := value.get("llm_int8_outlier_features / num_features")) is not None:
         parts.append(f"{_count(int(num), 'outlier feature')} by LLM.int8() (Dettmers et al. 2022)")
     if (rate := value.get("attention_sink_rate / all_maps")) is not None:
-        parts.append(f"{rate:.0f}% of heads draw to the first token (attention sink rate, Gu et al. 2025)")
+        parts.append(f"attention sink rate {rate:.0f}% (Gu et al. 2025)")
     return f"{'; '.join(parts)}." if parts else ""
 
 

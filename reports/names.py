@@ -40,6 +40,14 @@ def visible(text: object, limit: int = 80) -> str:
     return shown if len(shown) <= limit and len(raw) <= limit else shown[: limit - 1] + "…"
 
 
+def token(text: object, limit: int = 40) -> str:
+    """`visible`, with spaces at the ends as `␣`: a token that is a space should not look like none."""
+    shown = visible(text, limit)
+    bare = shown.strip(" ")
+    left = len(shown) - len(shown.lstrip(" ")) if bare else len(shown)
+    return "␣" * left + bare + "␣" * (len(shown) - left - len(bare))
+
+
 def markdown(text: object) -> str:
     """The text, with every character that Markdown or inline HTML would act on escaped."""
     return re.sub(r"([\\`*_\[\]<>|~&$#!])", r"\\\1", str(text))

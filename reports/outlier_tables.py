@@ -4,6 +4,7 @@ from typing import Any
 
 import pandas as pd
 
+from reports.names import token
 from reports.outliers import STATISTICS, TENSORS, paper_table5
 from reports.tables import Entry, Table, grouped, magnitude, number, text
 
@@ -69,7 +70,7 @@ def largest_logits(largest: pd.DataFrame, num: int = 10) -> Table:
         source = row["ref"]
         place = [number(row[name], 0, source) for name in ("layer", "head", *(["map"] if maps else []))]
         tokens = [entry for side, at in (("query_token", "query"), ("key_token", "key_position"))
-                  for entry in (text(row[side], source=source), number(row[at], 0, source))]  # fmt: skip
+                  for entry in (_token(row[side], source), number(row[at], 0, source))]  # fmt: skip
         sequence = number(row["sequence"], 0, source)
         pairs.append((row["checkpoint"], (magnitude(row["value"], source), *place, *tokens, sequence)))
     columns = (
@@ -93,7 +94,7 @@ def largest_states(largest: pd.DataFrame, num: int = 10) -> Table:
         source = row["ref"]
         numbers = [number(row[name], 0, source) for name in ("layer", "channel")]
         place = [number(row[name], 0, source) for name in ("position", "sequence")]
-        entries = (magnitude(row["value"], source), *numbers, text(row["token"], source=source), *place)
+        entries = (magnitude(row["value"], source), *numbers, _token(row["token"], source), *place)
         pairs.append((row["checkpoint"], entries))
     columns = ("Magnitude", "Layer", "Channel", "Token", "Position", "Sequence")
     return Table("largest-states", "Largest hidden states", columns, grouped(pairs))
@@ -116,3 +117,7 @@ def _measure(value: object, source: str) -> Entry:
     if isinstance(value, float):
         return Entry(f"{value:,.4g}".replace("-", "−"), number=True, source=source)
     return text(value, source=source)
+
+
+def _token(value: object, source: str) -> Entry:
+    return text(token(value), source=source) if isinstance(value, str) else Entry()

@@ -17,6 +17,7 @@ def records_table(run: Run) -> Table:
             "Record",
             "Kind",
             "Scheme",
+            "Key",
             "Code",
             "Settings",
             "Data",
@@ -25,7 +26,7 @@ def records_table(run: Run) -> Table:
             "Kernel asked for",
             "BOS",
         ),
-        "Key and file",
+        "File",
     )
     note = (
         "Key: SHA-256 of what made the record. Code: of the sources. Settings: of the resolved configuration. "
@@ -43,6 +44,7 @@ def _record_row(cell: Cell) -> tuple[Entry, ...]:
         Entry(cell.ref, source=f"#{cell.ref}"),
         Entry(record.kind),
         text(cell.scheme if record.kind == "evaluation" else ""),
+        _hash(record.key),
         _hash(made_by.get("code")),
         _hash(record.config_fingerprint),
         text("; ".join(_hashes(made_by.get("data")))),

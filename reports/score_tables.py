@@ -80,7 +80,7 @@ def paired_source(row: dict[str, Any]) -> str:
 
 def _headline_row(row: dict[str, Any]) -> tuple[Entry, ...]:
     if row["status"] == "missing":
-        return (text(row["scheme"]), Entry("no record", tone="worse"), *[Entry(number=True)] * 6)
+        return (text(row["scheme"]), Entry("no record", number=True, tone="worse"), *[Entry(number=True)] * 6)
     source, pair = row["ref"], paired_source(row)
     if row["scheme"] == BASELINE:
         changes = [Entry("baseline", number=True, tone="quiet")] * 2

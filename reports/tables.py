@@ -114,9 +114,9 @@ def signed(value: float, low: float, high: float) -> str:
     """`+0.0123 ± 0.0045` with the decimals that two figures of the half-width need, between two and five."""
     half = (high - low) / 2
     if not math.isfinite(half):
-        return _minus(f"{value:+.3f}")
+        return _with_sign(value, 3)
     digits = 3 if half == 0 else min(5, max(2, 1 - math.floor(math.log10(half))))
-    return f"{_minus(f'{value:+.{digits}f}')} ± {half:.{digits}f}"
+    return f"{_with_sign(value, digits)} ± {half:.{digits}f}"
 
 
 def anchor(ref: str) -> str:
@@ -178,6 +178,12 @@ def _html_entry(entry: Entry) -> Markup:
     if entry.source and not entry.source.startswith("#"):
         attributes += Markup(' title="from {}"').format(entry.source)
     return Markup("<td{}>{}</td>").format(attributes, inner)
+
+
+def _with_sign(value: float, digits: int) -> str:
+    """A signed number; no sign before a zero."""
+    shown = f"{value:+.{digits}f}"
+    return _minus(shown) if shown.strip("+-0.") else shown[1:]
 
 
 def _minus(shown: str) -> str:

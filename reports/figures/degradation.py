@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from reports.load import BASELINE
 from reports.style import INK, MUTED, PAPER, colours, in_figure, legend, markers, new_figure, theme, tidy
@@ -60,6 +61,7 @@ def _panel(axes: Axes, rows: pd.DataFrame, column: str, schemes: list[str]) -> N
     axes.set_xlabel(label)
     marked = set(rows.loc[rows["no_evidence"] != "", "scheme"])
     axes.set_yticks(range(len(schemes)), [in_figure(s) + (" †" if s in marked else "") for s in schemes])
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_ylim(len(schemes) - 0.45, -0.55)
     tidy(axes, grid="both")
     axes.spines["left"].set_visible(False)

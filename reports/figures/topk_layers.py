@@ -51,7 +51,7 @@ def _panel(axes: Axes, rows: pd.DataFrame) -> None:
     maps = sorted({which for which in rows["map"] if which >= 0})
     if maps:
         for which, dash in zip(maps, DASHES, strict=False):
-            _lines(axes, rows[rows["map"] == which], ("top1", "median"), dash, f", map {which + 1:g}")
+            _lines(axes, rows[rows["map"] == which], ("top1", "median"), dash, f", map {which:g}")
     else:
         _lines(axes, rows, tuple(LINES), "-", "")
     logarithmic(axes, "y")
