@@ -219,7 +219,7 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: 
 
 
 def run_name(path: str) -> str:
-    """A run's name from a checkpoint's path: its last part, with other characters than letters, digits and ._- dropped."""
+    """A run's name from a checkpoint's path: the letters, digits and ._- of its last part."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(path).name).strip("-._") or "run"
 
 

@@ -19,7 +19,7 @@ from quantlab.data.hellaswag import load_hellaswag, select
 from quantlab.data.text import check_text, text_blocks
 from quantlab.errors import RecordError
 from quantlab.models.inspection import CheckpointInfo, content_hash, inspect_checkpoint
-from quantlab.records import Record, read_records, read_run, record_key, source_hash
+from quantlab.records import Record, check_writable, read_records, read_run, record_key, source_hash
 from quantlab.schemes import Scheme, check_shapes
 from quantlab.sweep.executors import Advance, Event, run_cells
 from quantlab.sweep.plan import DOCUMENT_TOKENS, Cell, plan
@@ -107,11 +107,12 @@ def evaluate_cell(
     """Scores of a checkpoint under a scheme: the record's result and the per-item scores of each task."""
     from quantlab.quantize import quantized
 
+    assert config.evaluation is not None
     scores: dict[str, Any] = {}
     with quantized(
         checkpoint.model, scheme, skip=config.quantize.skip, kernel=config.quantize.kernel
     ) as changes:
-        for task in config.evaluation.tasks if config.evaluation else ():
+        for task in config.evaluation.tasks:
             scores[task] = _TASKS[task](checkpoint, scheme, config.evaluation, advance)
     result = {"quantization": changes.summary()} | {task: score.summary() for task, score in scores.items()}
     return result, {task: score.items() for task, score in scores.items()}
@@ -223,7 +224,11 @@ def _jobs(config: RunConfig, infos: Sequence[CheckpointInfo], data: dict[str, st
     for checkpoint, info in zip(config.checkpoints, infos, strict=True):
         device = resolve_device(checkpoint.device)
         dtype = str(resolve_dtype(checkpoint.dtype, device)).removeprefix("torch.")
-        known = {"name": info.name, "content_hash": content_hash(info), "architecture": info.architecture}
+        known: dict[str, Any] = {
+            "name": info.name,
+            "content_hash": content_hash(info),
+            "architecture": info.architecture,
+        }
         known |= {"num_parameters": info.num_parameters, "source_precision": info.source_precision}
         known |= {"source_scheme": info.source_scheme, "device": device.type, "dtype": dtype}
         sources.append(known)
@@ -241,9 +246,9 @@ def _made_by(cell: Cell, config: RunConfig, source: dict[str, Any], data: dict[s
         return made_by | {"profile": settings, "data": {"profile": data["profile"]}}
     assert config.evaluation is not None
     tasks = config.evaluation.tasks
-    settings = config.evaluation.model_dump(
-        mode="json", include=set(tasks), exclude={task: {"path"} for task in tasks}
-    )
+    settings = {
+        task: getattr(config.evaluation, task).model_dump(mode="json", exclude={"path"}) for task in tasks
+    }
     return made_by | {
         "scheme": cell.scheme,
         "quantize": {"skip": sorted(config.quantize.skip)},

@@ -1,4 +1,4 @@
-"""A sweep on a real (toy) model that is killed goes on to the bytes of one that was not; order and workers change none."""
+"""A sweep on a real (toy) model that is killed ends in the bytes of one that was not; workers change none."""
 
 import os
 import signal
