@@ -115,7 +115,9 @@ class MaskRule(Mask):
                 batch[:, None, None, None], head[None, :, None, None], rows[None, None, :, None], keys
             )
         if self.padding_BT is not None:
-            seen = seen & self.padding_BT[:, keys][:, None, None, :]
+            # A padding token is hidden as a key and sees nothing as a query: its logits would be counted, and could
+            # set a scale, so that a score depended on padding.
+            seen = seen & self.padding_BT[:, None, None, keys] & self.padding_BT[:, None, rows, None]
         return seen
 
     def _find_reach(self, start: int, stop: int) -> Reach:
