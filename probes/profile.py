@@ -6,6 +6,7 @@ Letters: N sequences, T positions.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ class Profile:
         if self.hidden is not None:
             found["hidden_states"] = tables.of_hidden(self.hidden.statistics, self.ids, self.decode)
         return found | {
-            "measures": self.measures,
+            "measures": _json_ready(self.measures),
             "num_sequences": int(self.ids.shape[0]),
             "sequence_length": int(self.ids.shape[1]),
             "unprofiled": self.unprofiled,
@@ -113,6 +114,15 @@ def profile(
         unprofiled=unprofiled,
         decode=decode,
     )
+
+
+def _json_ready(tree: Any) -> Any:
+    """The tree with None for what is not finite: a measure of values that were not."""
+    if isinstance(tree, dict):
+        return {name: _json_ready(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [_json_ready(value) for value in tree]
+    return None if isinstance(tree, float) and not isfinite(tree) else tree
 
 
 def _checked(blocks_NT: Any, statistics: Sequence[str], top_k: int, batch_size: int) -> NDArray[np.int64]:
