@@ -16,6 +16,7 @@ import pytest
 
 from quantlab.errors import OutputError
 from quantlab.records import Record, fingerprint, read_items, read_run, record_key
+from quantlab.sweep import store as store_module
 from quantlab.sweep.executors import run_cells
 from quantlab.sweep.store import RunStore
 
@@ -240,6 +241,25 @@ def test_a_claim_ends_with_its_process(tmp_path):
     with store.claim(key) as absent:
         assert absent
     assert not (tmp_path / ".claims" / key).exists()
+
+
+def test_a_lock_on_a_removed_file_is_no_claim(tmp_path, monkeypatch):
+    """While we waited, the holder removed the claim's file and a third process made a new one."""
+    path, real = tmp_path / ".claims" / "key", store_module._wait_for
+
+    def wait_while_others_move(descriptor: int, waited: Path) -> bool:
+        monkeypatch.setattr(store_module, "_wait_for", real)
+        path.unlink()
+        path.touch()
+        return real(descriptor, waited)
+
+    monkeypatch.setattr(store_module, "_wait_for", wait_while_others_move)
+    with (
+        RunStore(tmp_path).claim("key"),
+        path.open() as file,
+        pytest.raises(BlockingIOError),
+    ):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_claim_removes_what_a_killed_writer_left(tmp_path):

@@ -173,14 +173,18 @@ def test_a_worker_that_cannot_start_is_a_bug_at_once(monkeypatch, capfd):
     assert "no_such_function" in capfd.readouterr().err
 
 
-def test_an_interrupt_ends_the_workers(tmp_path):
+def test_an_interrupt_ends_the_workers_at_once(tmp_path):
+    interrupted: list[float] = []
+
     def interrupt(event: Event) -> None:
         if event.kind == "advanced":
+            interrupted.append(time.monotonic())
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         cells = [("sleep", str(tmp_path / name)) for name in ("first", "second")]
         run_cells(cells, compute, workers=2, on_event=interrupt)
+    assert time.monotonic() - interrupted[0] < 4, "cells in flight are not waited for"
     pids = [int(path.read_text()) for path in tmp_path.iterdir()]
     assert pids and not any(map(psutil.pid_exists, pids))
 
