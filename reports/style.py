@@ -138,6 +138,8 @@ def _saved(figure: Figure, kind: str, metadata: dict[str, None]) -> bytes:
     buffer = io.BytesIO()
     with theme():
         figure.savefig(buffer, format=kind, dpi=PNG_DPI, metadata=metadata)
+    # Laid out once: the next format takes the same places, and half the time.
+    figure.set_layout_engine("none")
     return buffer.getvalue()
 
 

@@ -1,0 +1,56 @@
+"""Texts from strangers are shown whole and harmless; scheme names say what a figure needs."""
+
+import pytest
+
+from reports.names import markdown, read_scheme, token, visible
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain name", "plain name"),
+        ("two\nlines\t\r", "two\\nlines\\t\\r"),
+        ("\x1b[31mred\x00", "\\x1b[31mred\\x00"),
+        ("abc\u202egnp.exe", "abc\\u{202e}gnp.exe"),
+        ("zero\u200bwidth\u2028", "zero\\u{200b}width\\u{2028}"),
+        ("half \ud800 pair", "half \\u{d800} pair"),
+        ("=cmd()|'x'", "=cmd()|'x'"),
+    ],
+)
+def test_unseen_characters_become_escapes(text: str, shown: str) -> None:
+    assert visible(text) == shown
+    visible(text).encode("utf-8")
+
+
+def test_long_texts_are_cut() -> None:
+    assert visible("x" * 5000, 80) == "x" * 79 + "…"
+    assert len(visible("\u202e" * 50, 40)) == 40
+    assert visible("x" * 80, 80) == "x" * 80
+
+
+def test_a_token_that_is_a_space_can_be_seen() -> None:
+    assert [token(t) for t in (" ", " the", "a b", "  x ", "")] == ["␣", "␣the", "a b", "␣␣x␣", ""]
+
+
+def test_markdown_escapes_what_markdown_acts_on() -> None:
+    assert markdown("a|b <img src=x> [l](u) `c` $m$ *s*") == (
+        r"a\|b \<img src=x\> \[l\](u) \`c\` \$m\$ \*s\*"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "series", "detail", "grid"),
+    [
+        ("w16", 16, "nothing", "", ""),
+        ("w4", 4, "weights", "per channel", "w4"),
+        ("w4g32z", 4, "weights", "groups of 32, zero point", "w4g32z"),
+        ("w8a8", 8, "weights + activations", "weights per channel, activations per token", "w8"),
+        ("w4a8", 4, "weights + activations", "weights per channel, activations per token", "w4"),
+        ("l6t", 6, "attention logits", "per tensor", ""),
+        ("w4g64-gptq", 4, "weights", "groups of 64, gptq", "w4g64"),
+        ("q4_k", 16, "q4_k", "q4_k", ""),
+    ],
+)
+def test_scheme_names(name: str, bits: int, series: str, detail: str, grid: str) -> None:
+    scheme = read_scheme(name)
+    assert (scheme.bits, scheme.series, scheme.detail, scheme.weight_grid) == (bits, series, detail, grid)
