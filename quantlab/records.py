@@ -264,11 +264,8 @@ def _pretty(body: Any) -> bytes:
 
 
 def _sealed(body: dict[str, Any]) -> bytes:
-    return _pretty(body | {"schema": SCHEMA, "checksum": _checksum(body)})
-
-
-def _checksum(body: dict[str, Any]) -> str:
-    return fingerprint(body | {"schema": SCHEMA})
+    sealed = body | {"schema": SCHEMA}
+    return _pretty(sealed | {"checksum": fingerprint(sealed)})
 
 
 def _read_sealed(path: Path) -> dict[str, Any]:
@@ -277,7 +274,7 @@ def _read_sealed(path: Path) -> dict[str, Any]:
     try:
         sealed = json.loads(content)
         schema = sealed.pop("schema")
-        checksum = sealed.pop("checksum")
+        del sealed["checksum"]
     except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
         raise _damaged(path, "not a sealed JSON object") from error
     if schema != SCHEMA:
@@ -285,9 +282,9 @@ def _read_sealed(path: Path) -> dict[str, Any]:
             f"a record must be of format {SCHEMA}, which this quantlab writes: {path} is of format {schema!r}. "
             "Read it with the quantlab that wrote it, or run the sweep again in another folder."
         )
-    # The text is compared as well, since spacing and repeated keys do not reach the checksum.
+    # The whole text is compared, its checksum with it, since spacing and repeated keys do not reach the checksum.
     try:
-        intact = checksum == _checksum(sealed) and _sealed(sealed) == content
+        intact = _sealed(sealed) == content
     except ValueError as error:  # a number beyond the range of floats
         raise _damaged(path, "a number that is not finite") from error
     if not intact:

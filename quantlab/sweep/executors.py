@@ -266,17 +266,15 @@ def _dismiss(worker: _Worker) -> None:
 def _serve(channel: Connection, work: Work) -> None:
     """Life of a worker: cells in, outcomes out, until the parent closes the channel or dies."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    channel.send(("ready", None))
-    while True:
-        try:
+    with suppress(EOFError, ConnectionError):
+        channel.send(("ready", None))
+        while True:
             cell = channel.recv()
-        except (EOFError, OSError):
-            return
-        outcome = _attempt(work, cell, lambda amount: channel.send(("advanced", amount)))
-        try:
-            channel.send(outcome)
-        except (pickle.PicklingError, TypeError, AttributeError):  # a result that does not pickle
-            channel.send(("bug", traceback.format_exc()))
+            outcome = _attempt(work, cell, lambda amount: channel.send(("advanced", amount)))
+            try:
+                channel.send(outcome)
+            except (pickle.PicklingError, TypeError, AttributeError):  # a result that does not pickle
+                channel.send(("bug", traceback.format_exc()))
 
 
 def _end_with_parent() -> None:
