@@ -223,13 +223,15 @@ def _places(keep: int | torch.Tensor) -> Any:
     return keep if isinstance(keep, torch.Tensor) else slice(-keep, None)
 
 
-def test_token_logprobs_are_log_softmax() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = 30 * torch.randn(150, 37, generator=generator)
-    place, target = np.arange(150).repeat(2), np.tile(np.arange(30), 10)
-    expected = logits.double().log_softmax(-1)[place, target].numpy()
-    # The normaliser is one float32 number below 128, so it is off by 2^-18 at most from its own rounding.
-    np.testing.assert_allclose(token_logprobs(logits, place, target), expected, atol=4 * 2.0**-18, rtol=0)
+@pytest.mark.parametrize("num_rows", [1, 15, 16, 17, 150])
+def test_token_logprobs_are_log_softmax_whatever_the_rows(num_rows: int) -> None:
+    generator = np.random.default_rng(0)
+    logits = torch.from_numpy(30 * generator.standard_normal((num_rows, 37))).float()
+    place, target = generator.integers(num_rows, size=200), generator.integers(37, size=200)
+    expected = logits.log_softmax(-1)[place, target].double().numpy()
+    assert token_logprobs(logits, place, target).tolist() == expected.tolist()
+    exact = logits.double().log_softmax(-1)[place, target].numpy()
+    assert token_logprobs(logits.double(), place, target).tolist() == exact.tolist()
 
 
 @pytest.mark.parametrize("share", [True, False])
