@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from quantlab.errors import SchemeError
+from quantlab.errors import SchemeError, nearest
 from quantlab.layers.targets import Target, find_targets
 
 __all__ = ["choose_linears"]
@@ -15,13 +15,15 @@ def choose_linears(model: nn.Module, skip: Sequence[str]) -> dict[str, list[Targ
     """The decoder's linears: "swapped", those to quantize, and "skipped", those that a pattern of `skip` keeps.
 
     Raises:
-        SchemeError: a pattern matches no linear, nothing is left to quantize, or a matrix cannot be stored in low
+        SchemeError: a pattern matches no matrix, nothing is left to quantize, or a matrix cannot be stored in low
             bits by itself (experts fused into one parameter, weights that two linears share).
     """
-    targets = [target for target in find_targets(model) if target.sort in ("linear", "fused")]
+    matrices = find_targets(model)
     for pattern in skip:
-        if not any(fnmatchcase(target.name, pattern) for target in targets):
-            raise SchemeError(f"a skip pattern must match a linear of the decoder: {pattern!r} matches none.")
+        if not any(fnmatchcase(matrix.name, pattern) for matrix in matrices):
+            hint = nearest(pattern, ["*." + matrix.name.rpartition(".")[2] for matrix in matrices])
+            raise SchemeError(f"a skip pattern must match a weight matrix: {pattern!r} matches none.{hint}")
+    targets = [matrix for matrix in matrices if matrix.sort in ("linear", "fused")]
     skipped = [target for target in targets if any(fnmatchcase(target.name, pattern) for pattern in skip)]
     swapped = [target for target in targets if target not in skipped]
     if not swapped:

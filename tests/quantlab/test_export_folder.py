@@ -110,7 +110,7 @@ def test_progress_counts_every_linear_once(toy: Checkpoint, tmp_path: Path) -> N
 
 
 def test_skipped_linears_keep_their_values_and_are_ignored_by_name(toy: Checkpoint, tmp_path: Path) -> None:
-    summary = export(toy, tmp_path / "out", skip=["*.layers.0.*", "*.down_proj"])
+    summary = export(toy, tmp_path / "out", skip=["*.layers.0.*", "*.down_proj", "lm_head"])
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert set(config["ignore"]) == {*summary.skipped, "lm_head"}
     assert len(summary.skipped) == 8
@@ -118,13 +118,13 @@ def test_skipped_linears_keep_their_values_and_are_ignored_by_name(toy: Checkpoi
     for name in config["ignore"]:
         assert torch.equal(tensors[f"{name}.weight"], toy.model.get_submodule(name).weight)
     recipe = json.loads((tmp_path / "out/recipe.json").read_text())
-    assert recipe["skip"] == ["*.layers.0.*", "*.down_proj"]
+    assert recipe["skip"] == ["*.layers.0.*", "*.down_proj", "lm_head"]
 
 
 def test_nothing_to_quantize_is_an_error(toy: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(SchemeError, match="14 linears of LlamaForCausalLM are skipped and none is left"):
         export(toy, tmp_path / "out", skip=["*"])
-    with pytest.raises(SchemeError, match=r"'\*\.downproj' matches none"):
+    with pytest.raises(SchemeError, match=r"'\*\.downproj' matches none\. Did you mean '\*\.down_proj'"):
         export(toy, tmp_path / "out", skip=["*.downproj"])
 
 
