@@ -77,8 +77,8 @@ def _samples(scores: pd.DataFrame) -> Iterator[str]:
             texts.append(f"{low if low == high else f'{low} to {high}'} {unit}")
     if texts:
         yield (
-            f"Scores are of {' and '.join(texts)}, one task and one text. The 95% intervals speak of other "
-            "documents and other text like these, not of other tasks or of a model trained again."
+            f"Scores are of {' and '.join(texts)}. The 95% intervals speak of other documents and "
+            "other text like these, not of other tasks or of a model trained again."
         )
 
 

@@ -4,9 +4,10 @@ from typing import Any
 
 import pandas as pd
 
+from reports.entries import Entry, magnitude, number, text
 from reports.names import token
 from reports.outliers import STATISTICS, TENSORS, paper_table5
-from reports.tables import Entry, Table, grouped, magnitude, number, text
+from reports.tables import Table, grouped
 
 CITATION = "Differential Transformer, arXiv 2410.05258, Table 5"
 _HEADS = ("Top 1", "Top 2", "Top 3", "Top 10", "Top 100", "Median")

@@ -22,9 +22,10 @@ from reports.figures.accuracy_size import accuracy_size
 from reports.figures.activation_tails import activation_tails
 from reports.figures.degradation import degradation
 from reports.figures.topk_layers import topk_layers
-from reports.findings import accuracy_finding, cost_findings, outlier_findings, summary
+from reports.findings import accuracy_finding, cost_findings, summary
 from reports.load import Run, load_run, spans
 from reports.names import markdown, visible
+from reports.outlier_findings import outlier_findings
 from reports.outliers import largest, layers, measures, outliers, tails
 from reports.scores import scores
 from reports.style import as_png, as_svg

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from reports.cautions import KERNELS
+from reports.entries import Entry, number, prose, text
 from reports.load import BASELINE, Cell, Run
-from reports.tables import Entry, Row, Table, grouped, number, prose, text
+from reports.tables import Row, Table, grouped
 
 
 def records_table(run: Run) -> Table:
@@ -58,7 +59,7 @@ def _record_row(cell: Cell) -> tuple[Entry, ...]:
 
 def _hash(value: object) -> Entry:
     whole = str(value or "")
-    return text(whole[:12], source=whole)
+    return text(whole[:12])
 
 
 def _hashes(data: object, prefix: str = "") -> list[str]:

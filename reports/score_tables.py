@@ -5,8 +5,9 @@ from typing import Any
 
 import pandas as pd
 
+from reports.entries import Entry, change, number, probability, text, with_interval
 from reports.load import BASELINE
-from reports.tables import Entry, Table, change, grouped, number, probability, text, with_interval
+from reports.tables import Table, grouped
 
 POWER = "80% power, two-sided 5%"
 """Of the smallest detectable difference."""

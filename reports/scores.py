@@ -10,18 +10,10 @@ Columns ending in _low and _high are the ends of a 95% interval; a number that w
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from quantlab.records import fingerprint
-from quantlab.statistics import (
-    Estimate,
-    holm,
-    mcnemar_exact,
-    minimum_detectable_effect,
-    paired_difference,
-    paired_ratio_difference,
-)
+from quantlab.statistics import holm
+from reports.changes import baseline_of, changes, setting
 from reports.load import BASELINE, Cell, Hole, Run, scheme_order
 from reports.names import read_scheme
 
@@ -46,7 +38,7 @@ def scores(run: Run) -> pd.DataFrame:
     """A row for each evaluation cell, planned or recorded: by checkpoint, then from the baseline to the fewest bits."""
     cells = run.of_kind("evaluation")
     names = _named_settings(cells)
-    rows = [_row(cell, _baseline_of(cell, cells)) | {"checkpoint": names[cell.ref]} for cell in cells]
+    rows = [_row(cell, baseline_of(cell, cells)) | {"checkpoint": names[cell.ref]} for cell in cells]
     rows += [_hole(hole) for hole in run.holes if hole.kind == "evaluation"]
     places = {name: place for place, name in enumerate(dict.fromkeys([*run.checkpoints, *names.values()]))}
     rows.sort(key=lambda row: (places[row["checkpoint"]], scheme_order(row["scheme"]), row["key"]))
@@ -60,14 +52,14 @@ def _named_settings(cells: Sequence[Cell]) -> dict[str, str]:
     settings: dict[str, list[str]] = {}
     for cell in cells:
         found = settings.setdefault(cell.checkpoint, [])
-        if (setting := fingerprint(_setting(cell))) not in found:
-            found.append(setting)
-    return {
-        cell.ref: cell.checkpoint
-        if len(found := settings[cell.checkpoint]) == 1
-        else f"{cell.checkpoint}, setting {found.index(fingerprint(_setting(cell))) + 1}"
-        for cell in cells
-    }
+        if setting(cell) not in found:
+            found.append(setting(cell))
+    names = {}
+    for cell in cells:
+        found = settings[cell.checkpoint]
+        number = f", setting {found.index(setting(cell)) + 1}" if len(found) > 1 else ""
+        names[cell.ref] = cell.checkpoint + number
+    return names
 
 
 def _columns() -> list[str]:
@@ -106,7 +98,7 @@ def _row(cell: Cell, baseline: Cell | None) -> dict[str, Any]:
     row |= _read_name(cell.scheme) | _recorded_scores(cell.record.result) | _recorded_quantization(cell)
     if baseline is None:
         return row | {"note": "" if cell.scheme == BASELINE else "no baseline on the same data"}
-    return row | {"baseline_ref": baseline.ref} | _changes(cell, baseline)
+    return row | {"baseline_ref": baseline.ref} | changes(cell, baseline)
 
 
 def _read_name(scheme: str) -> dict[str, Any]:
@@ -155,56 +147,6 @@ def _no_evidence(cell: Cell) -> str:
     if len(name.parts) > 1:
         return f"shows nothing about its weights, for the source is already on their grid ({source})"
     return f"{NO_EVIDENCE}, for the source is already on this grid ({source})"
-
-
-def _baseline_of(cell: Cell, cells: tuple[Cell, ...]) -> Cell | None:
-    """The w16 cell of the same checkpoint on the same data and settings."""
-    if cell.scheme == BASELINE:
-        return None
-    alike = [c for c in cells if c.scheme == BASELINE and _setting(c) == _setting(cell)]
-    return alike[0] if alike else None
-
-
-def _setting(cell: Cell) -> dict[str, Any]:
-    made_by = cell.record.made_by
-    return {name: value for name, value in made_by.items() if name not in ("scheme", "kernel", "quantize")}
-
-
-def _changes(cell: Cell, baseline: Cell) -> dict[str, Any]:
-    """Paired changes on the tasks that both cells scored; a task whose items differ is noted, not compared."""
-    found: dict[str, Any] = {}
-    for task, compare in (("hellaswag", _documents), ("perplexity", _blocks)):
-        ours, theirs = cell.of_task(task), baseline.of_task(task)
-        if ours.empty or theirs.empty:
-            continue
-        if not ours.index.equals(theirs.index):
-            return {"note": f"{task}: items differ from the baseline's, not compared"}
-        found |= compare(ours, theirs)
-    return found
-
-
-def _documents(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, Any]:
-    right, was_right = ours["correct_norm"].to_numpy(float), theirs["correct_norm"].to_numpy(float)
-    detectable = minimum_detectable_effect(right - was_right)
-    return {
-        **_flat("margin_change", paired_difference(ours["margin"], theirs["margin"])),
-        **_flat("acc_norm_change", paired_difference(right, was_right)),
-        "won": int((right > was_right).sum()),
-        "lost": int((right < was_right).sum()),
-        "mcnemar_p": mcnemar_exact(right, was_right),
-        # No document changed: the spread that the power rests on is unknown, not zero.
-        "smallest_detectable": detectable if detectable > 0 else np.nan,
-    }
-
-
-def _blocks(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, Any]:
-    return _flat("nats_change", paired_ratio_difference(ours["nats"], theirs["nats"], ours["num_tokens"]))
-
-
-def _flat(name: str, estimate: Estimate) -> dict[str, float]:
-    """Value and interval; an endless interval (one item) is NaN, for nothing is known of it."""
-    found = {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-    return {key: number if np.isfinite(number) else np.nan for key, number in found.items()}
 
 
 def _with_holm(frame: pd.DataFrame) -> pd.DataFrame:

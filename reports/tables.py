@@ -4,34 +4,14 @@ Every number's cell carries the references of the records it comes from (`R3`, o
 link into the provenance table where the row is named, and as the cell's tooltip.
 """
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from reports.entries import Entry
 from reports.names import markdown, visible
-
-NOTHING = "–"
-"""Shown where nothing was measured."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One cell of a table."""
-
-    text: str = NOTHING
-    number: bool = False
-    """Set to the right, in figures of equal width."""
-    code: bool = False
-    """A name or text from outside: set in a fixed-width face, isolated from the direction of its neighbours."""
-    source: str = ""
-    """References of the records that the value comes from."""
-    link: str = ""
-    """A reference that the cell links to."""
-    tone: str = ""
-    """"worse", "better" or "quiet"."""
 
 
 @dataclass(frozen=True)
@@ -61,64 +41,6 @@ class Table:
         return to_markdown(self)
 
 
-def text(value: object, source: str = "", link: str = "", limit: int = 80) -> Entry:
-    """A name or text from outside."""
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
-        return Entry(source=source, link=link)
-    return Entry(visible(value, limit), code=True, source=source, link=link)
-
-
-def prose(value: object) -> Entry:
-    """A sentence from a record, at most 400 characters; it may wrap."""
-    return Entry(visible(value, 400)) if value else Entry()
-
-
-def number(value: float | None, digits: int = 1, source: str = "", unit: str = "") -> Entry:
-    """A plain number with thousands separated; nothing for NaN."""
-    if value is None or not math.isfinite(value):
-        return Entry(number=True)
-    return Entry(f"{_minus(f'{value:,.{digits}f}')}{unit}", number=True, source=source)
-
-
-def magnitude(value: float | None, source: str = "") -> Entry:
-    """A magnitude with one decimal from 100, two from 1, three below."""
-    if value is None or not math.isfinite(value):
-        return Entry(number=True)
-    digits = 1 if value >= 100 else 2 if value >= 1 else 3
-    return number(value, digits, source)
-
-
-def probability(value: float, source: str = "") -> Entry:
-    """A p-value with three decimals; `<0.001` below that."""
-    return Entry("<0.001", number=True, source=source) if value < 0.001 else number(value, 3, source)
-
-
-def with_interval(value: float, low: float, high: float, digits: int = 2, source: str = "") -> Entry:
-    """`18.42 [17.10, 19.87]`; the value alone where the interval is unknown."""
-    if not math.isfinite(value):
-        return Entry(number=True)
-    ends = f" [{low:,.{digits}f}, {high:,.{digits}f}]" if math.isfinite(low) and math.isfinite(high) else ""
-    return Entry(_minus(f"{value:,.{digits}f}{ends}"), number=True, source=source)
-
-
-def change(value: float, low: float, high: float, source: str = "", *, more_is: str) -> Entry:
-    """`+0.0123 ± 0.0045`, toned where the interval leaves zero out. `more_is` "better" or "worse"."""
-    if not math.isfinite(value):
-        return Entry(number=True)
-    less_is = "better" if more_is == "worse" else "worse"
-    tone = more_is if low > 0 else less_is if high < 0 else "quiet"
-    return Entry(signed(value, low, high), number=True, source=source, tone=tone)
-
-
-def signed(value: float, low: float, high: float) -> str:
-    """`+0.0123 ± 0.0045` with the decimals that two figures of the half-width need, between two and five."""
-    half = (high - low) / 2
-    if not math.isfinite(half):
-        return _with_sign(value, 3)
-    digits = 3 if half == 0 else min(5, max(2, 1 - math.floor(math.log10(half))))
-    return f"{_with_sign(value, digits)} ± {half:.{digits}f}"
-
-
 def anchor(ref: str) -> str:
     """The id of a record's row in the provenance table."""
     return f"record-{re.sub(r'[^A-Za-z0-9]', '', ref)}"
@@ -139,15 +61,19 @@ def to_html(table: Table) -> Markup:
 
 
 def to_markdown(table: Table) -> str:
-    """The table in GitHub's Markdown; every text in it is escaped."""
+    """The table in GitHub's Markdown, with a last column that says where a row comes from; every text is escaped."""
     width = len(table.columns)
     sides = ["---:" if _numeric(table, place) else "---" for place in range(width)]
-    lines = [[markdown(_plain(name)) for name in table.columns], sides]
+    lines = [[*(markdown(_plain(name)) for name in table.columns), "From"], [*sides, "---"]]
     for row in table.rows:
         if isinstance(row, Heading):
-            lines.append([f"**{markdown(_plain(row.text))}**", *[""] * (width - 1)])
+            lines.append([f"**{markdown(_plain(row.text))}**", *[""] * width])
         else:
-            lines.append([markdown(_plain(entry.text)) for entry in row])
+            sources = dict.fromkeys(entry.source for entry in row if not entry.source.startswith("#"))
+            origin = ", ".join(filter(None, sources))
+            lines.append([*(markdown(_plain(entry.text)) for entry in row), markdown(_plain(origin))])
+    if not any(line[-1] for line in lines[2:]):
+        lines = [line[:-1] for line in lines]
     grid = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{grid}\n\n{markdown(_plain(table.note))}\n" if table.note else f"{grid}\n"
 
@@ -183,16 +109,6 @@ def _html_entry(entry: Entry) -> Markup:
 def _plain(shown: str) -> str:
     """The last gate: no unseen character leaves a table, whoever made it."""
     return visible(shown, 2000)
-
-
-def _with_sign(value: float, digits: int) -> str:
-    """A signed number; no sign before a zero."""
-    shown = f"{value:+.{digits}f}"
-    return _minus(shown) if shown.strip("+-0.") else shown[1:]
-
-
-def _minus(shown: str) -> str:
-    return shown.replace("-", "−")
 
 
 def grouped(pairs: Sequence[tuple[str, tuple[Entry, ...]]]) -> tuple[Row, ...]:

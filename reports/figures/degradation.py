@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from reports.entries import signed
 from reports.load import BASELINE
 from reports.style import INK, MUTED, PAPER, colours, in_figure, legend, markers, new_figure, theme, tidy
-from reports.tables import signed
 
 PANELS = {
     "margin_change": ("Margin on HellaSwag", "nats per document  (left of zero: worse)"),

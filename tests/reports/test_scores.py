@@ -109,7 +109,7 @@ def _frame(**changes: list[float]) -> pd.DataFrame:
 
 def test_findings_follow_the_intervals() -> None:
     frame = _frame(
-        nats_change=[0.0, 0.02, 0.9], nats_change_low=[-0.001, 0.01, 0.8], nats_change_high=[0.001, 0.03, 1.0],
+        nats_change=[0.0005, 0.02, 0.9], nats_change_low=[-0.001, 0.01, 0.8], nats_change_high=[0.001, 0.03, 1.0],
         margin_change=[0.1, -0.2, -3.0], margin_change_low=[-0.3, -0.5, -4.0], margin_change_high=[0.5, 0.1, -2.0],
     )  # fmt: skip
     (finding,) = cost_findings(frame)
@@ -117,7 +117,7 @@ def test_findings_follow_the_intervals() -> None:
         "No measurable loss: w8. Losses up to 0.001 nats per token or 0.3 nats of margin per document lie within "
         "their intervals.",
         "Measurable losses, in perplexity of the text, smallest first: w6 +2%, w4 ×2.46.",
-        "Fewest bits that keep perplexity within 1%, the whole interval counted: weights 8.",
+        "Fewest bits that keep perplexity within 1%, the whole interval counted. Weights: 8.",
     )
     assert finding.refs == ("R1", "R2", "R3", "R4")
 

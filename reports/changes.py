@@ -1,0 +1,68 @@
+"""Paired changes of a scheme against its checkpoint's own baseline, from the per-item results of both records."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from quantlab.records import fingerprint
+from quantlab.statistics import (
+    Estimate,
+    mcnemar_exact,
+    minimum_detectable_effect,
+    paired_difference,
+    paired_ratio_difference,
+)
+from reports.load import BASELINE, Cell
+
+
+def baseline_of(cell: Cell, cells: tuple[Cell, ...]) -> Cell | None:
+    """The w16 cell of the same checkpoint on the same data and settings."""
+    if cell.scheme == BASELINE:
+        return None
+    alike = [c for c in cells if c.scheme == BASELINE and setting(c) == setting(cell)]
+    return alike[0] if alike else None
+
+
+def setting(cell: Cell) -> str:
+    """Fingerprint of all that made a record, but what quantized it: only records of one setting compare."""
+    made_by = cell.record.made_by
+    return fingerprint({k: v for k, v in made_by.items() if k not in ("scheme", "kernel", "quantize")})
+
+
+def changes(cell: Cell, baseline: Cell) -> dict[str, Any]:
+    """Paired changes on the tasks that both cells scored; a task whose items differ is noted, not compared."""
+    found: dict[str, Any] = {}
+    for task, compare in (("hellaswag", _documents), ("perplexity", _blocks)):
+        ours, theirs = cell.of_task(task), baseline.of_task(task)
+        if ours.empty or theirs.empty:
+            continue
+        if not ours.index.equals(theirs.index):
+            found["note"] = f"{task}: items differ from the baseline's, not compared"
+        else:
+            found |= compare(ours, theirs)
+    return found
+
+
+def _documents(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, Any]:
+    right, was_right = ours["correct_norm"].to_numpy(float), theirs["correct_norm"].to_numpy(float)
+    detectable = minimum_detectable_effect(right - was_right)
+    return {
+        **_flat("margin_change", paired_difference(ours["margin"], theirs["margin"])),
+        **_flat("acc_norm_change", paired_difference(right, was_right)),
+        "won": int((right > was_right).sum()),
+        "lost": int((right < was_right).sum()),
+        "mcnemar_p": mcnemar_exact(right, was_right),
+        # No document changed: the spread that the power rests on is unknown, not zero.
+        "smallest_detectable": detectable if detectable > 0 else np.nan,
+    }
+
+
+def _blocks(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, Any]:
+    return _flat("nats_change", paired_ratio_difference(ours["nats"], theirs["nats"], ours["num_tokens"]))
+
+
+def _flat(name: str, estimate: Estimate) -> dict[str, float]:
+    """Value and interval; an endless interval (one item) is NaN, for nothing is known of it."""
+    found = {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+    return {key: number if np.isfinite(number) else np.nan for key, number in found.items()}
