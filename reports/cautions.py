@@ -34,9 +34,11 @@ def _damage(run: Run) -> Iterator[str]:
         files = ", ".join(visible(problem.file) for problem in run.problems)
         yield f"Damaged files were left out: {files}. Run the sweep again to replace them."
     if run.holes:
-        cells = ", ".join(
-            f"{visible(hole.checkpoint)} {visible(hole.scheme)} ({hole.kind})" for hole in run.holes
-        )
+        missing: dict[str, list[str]] = {}
+        for hole in run.holes:
+            what = "profile" if hole.kind == "profile" else visible(hole.scheme)
+            missing.setdefault(visible(hole.checkpoint), []).append(what)
+        cells = "; ".join(f"{name}: {', '.join(what)}" for name, what in missing.items())
         yield f"Planned but not recorded: {cells}. The run has not finished, or a cell failed."
     if run.num_unplanned:
         yield f"{run.num_unplanned} further records in the folder belong to other settings or sources and are not used."

@@ -91,8 +91,8 @@ def accuracy_finding(scores: pd.DataFrame) -> Finding | None:
     detectable = 100 * tested["smallest_detectable"].dropna()
     if len(detectable):
         points.append(
-            f"A true difference must reach {_span(detectable, '{:.1f}')} points, depending on how many documents flip, "
-            "to be found with 80% power. What lies below is not resolved by accuracy: the paired margin and nats per "
+            f"To be found with 80% power, a true difference must reach {_span(detectable, '{:.1f}')} points, by how "
+            "many documents flip. What lies below is not resolved by accuracy: the paired margin and nats per "
             "token are the numbers to read."
         )
     return Finding("What accuracy can tell", tuple(points), tuple(tested["ref"]))

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from reports.outliers import TENSORS
 from reports.style import DASHES, MUTED, colours, in_figure, legend, logarithmic, new_figure, theme, tidy
 
-SMALLEST_SHOWN = 1e-3
+SMALLEST_SHOWN = 1e-5
 """Share of the largest magnitude below which nothing is drawn: tails are about the other end."""
 
 

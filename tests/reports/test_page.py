@@ -130,7 +130,7 @@ def test_texts_from_outside_are_escaped(folder: Path, html: str, page: Page) -> 
 
 def test_a_hole_is_shown_and_said(page: Page) -> None:
     assert page.row("headline", "w8")[1] == "no record"
-    assert "Planned but not recorded: Plain w8 (evaluation)" in page.text
+    assert "Planned but not recorded: Plain: w8." in page.text
     assert page.row("holes", "Plain")[1:3] == ["evaluation", "w8"]
 
 

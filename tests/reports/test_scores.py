@@ -142,5 +142,5 @@ def test_accuracy_says_what_it_cannot_resolve() -> None:
     assert finding.points[0].startswith(
         "A: 64 documents tell 1 of 3 schemes from the baseline: w4 (exact McNemar"
     )
-    assert "must reach 4.0 to 9.0 points" in finding.points[1]
+    assert "must reach 4.0 to 9.0 points, by how many documents flip" in finding.points[1]
     assert accuracy_finding(_frame()) is None
