@@ -209,9 +209,12 @@ def quantize(
     model: Model,
     scheme: Annotated[str, typer.Option(help="Scheme whose weights are written.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
-    format_: Annotated[str, typer.Option("--format", help="`quantlab list formats`.")] = "compressed-tensors",
+    format_: Annotated[str | None, typer.Option("--format", help="`quantlab list formats`.")] = None,
     skip: Skip = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder once complete.")] = False,
+    overwrite: Annotated[
+        bool | None, typer.Option("--overwrite", help="Replace the folder once the new one is complete.")
+    ] = None,
+    max_shard_size: Annotated[int | None, typer.Option(help="Bytes of a weight file at most.")] = None,
     records: Annotated[
         list[Path] | None,
         typer.Option(help="Run folders whose matching scores go on the model card [runs/*]."),
@@ -226,19 +229,20 @@ def quantize(
     """Low-bit weights in a folder that other engines load."""
     from quantlab import tables
 
+    runs = sorted(Path("runs").glob("*/")) if records is None else records
+    options = _given(format=format_, overwrite=overwrite, max_shard_size=max_shard_size)
     config = _config(
         [_checkpoint(model, device, dtype, revision, trust_remote_code)],
         {
             "profile": None,
             "evaluation": None,
             "quantize": _given(skip=skip),
-            "export": {"scheme": scheme, "format": format_},
+            "export": {"scheme": scheme, "out": out, "records": runs} | options,
         },
         None,
         set_,
     )
-    runs = sorted(Path("runs").glob("*/")) if records is None else records
-    summary = _export(config, out, runs, overwrite=overwrite)
+    summary = _export(config)
     _show(json_, summary, tables.export_table(summary))
 
 
@@ -356,18 +360,17 @@ def _finish(config: Any, json_: bool) -> None:
     records = _execute(config)
     result: dict[str, Any] = {"run": str(config.folder), "records": [record.key for record in records]}
     if config.export is not None:
-        out = config.folder / "export" / f"{config.export.scheme}-{config.export.format}"
-        result["export"] = _export(config, out, [config.folder], overwrite=True)
+        result["export"] = _export(config)
     result["report"] = str(_build_report(config.folder))
     _show(json_, result, tables.run_table(records, result))
 
 
-def _export(config: Any, out: Path, runs: Sequence[Path], *, overwrite: bool) -> dict[str, Any]:
+def _export(config: Any) -> dict[str, Any]:
     from quantlab import pipeline
     from quantlab.progress import counted
 
-    with counted(f"writing {config.export.scheme} to {out}") as advance:
-        return pipeline.export(config, out, runs, overwrite=overwrite, advance=advance)
+    with counted(f"writing {config.export.scheme}") as advance:
+        return pipeline.export(config, advance)
 
 
 def _build_report(run_dir: Path) -> Path:

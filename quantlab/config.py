@@ -131,6 +131,14 @@ class ExportConfig(Section):
     """Scheme whose weights are written."""
     format: str = "compressed-tensors"
     """A name of `quantlab list formats`."""
+    out: Path | None = None
+    """Folder to write; none means `export/SCHEME-FORMAT` in the run's folder, which each run replaces."""
+    overwrite: bool = False
+    """Replace the folder `out` if it exists, once the new one is complete."""
+    records: tuple[Path, ...] = ()
+    """Folders of runs whose matching scores go on the model card, besides this run's own."""
+    max_shard_size: int = Field(5_000_000_000, ge=1)
+    """Bytes of a weight file at most, unless one tensor is larger."""
 
     @field_validator("scheme")
     @classmethod

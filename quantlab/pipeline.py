@@ -7,7 +7,7 @@ that has no record yet goes to the sweep's workers and leaves one. `profile_cell
 does: functions of a checkpoint, a configuration and a scheme. torch is imported only after the checks.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +18,8 @@ from quantlab.config import CheckpointConfig, EvaluationConfig, ProfileConfig, R
 from quantlab.data.hellaswag import load_hellaswag, select
 from quantlab.data.text import check_text, text_blocks
 from quantlab.errors import RecordError
+from quantlab.export.atomic import check_destination
+from quantlab.export.formats import find_format
 from quantlab.models.inspection import CheckpointInfo, content_hash, inspect_checkpoint
 from quantlab.records import Record, check_writable, read_records, read_run, record_key, source_hash
 from quantlab.schemes import Scheme, check_shapes
@@ -75,8 +77,6 @@ def check(config: RunConfig) -> tuple[list[CheckpointInfo], dict[str, str]]:
         for name in config.schemes:
             check_shapes(Scheme.parse(name), info.linears, config.quantize.skip)
     if config.export is not None:
-        from quantlab.export.formats import find_format
-
         find_format(config.export.format).check(Scheme.parse(config.export.scheme))
     return infos, _data(config.profile, config.evaluation)
 
@@ -118,23 +118,26 @@ def evaluate_cell(
     return result, {task: score.items() for task, score in scores.items()}
 
 
-def export(
-    config: RunConfig, out_dir: Path, runs: Iterable[Path], *, overwrite: bool = False, advance: Advance
-) -> dict[str, Any]:
-    """Write the first checkpoint's low-bit weights; the card's scores come from matching records of the runs."""
+def export(config: RunConfig, advance: Advance) -> dict[str, Any]:
+    """Write the first checkpoint's low-bit weights; the card's scores come from matching records only."""
     assert config.export is not None
+    wanted, scheme = config.export, Scheme.parse(config.export.scheme)
+    out = wanted.out or config.folder / "export" / f"{scheme.name}-{wanted.format}"
+    overwrite = wanted.overwrite or wanted.out is None
+    check_destination(out, overwrite=overwrite)
     check(config)
     from quantlab.export.folder import export_checkpoint
     from quantlab.models.loading import load_checkpoint
 
     summary = export_checkpoint(
         load_checkpoint(config.checkpoints[0]),
-        Scheme.parse(config.export.scheme),
-        config.export.format,
-        out_dir,
+        scheme,
+        wanted.format,
+        out,
         skip=config.quantize.skip,
-        records=[record for folder in runs for record in _readable(folder)],
+        records=[record for folder in (config.folder, *wanted.records) for record in _readable(folder)],
         overwrite=overwrite,
+        max_shard_size=wanted.max_shard_size,
         advance=advance,
     )
     return summary.summary()

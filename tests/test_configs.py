@@ -68,7 +68,11 @@ def test_an_override_reaches_every_checkpoint_and_makes_a_section() -> None:
 
 
 def test_schemes_become_canonical_and_start_with_the_baseline() -> None:
-    assert build_config(MINIMAL | {"schemes": ["W4A16-g64", "l8", "w4g64"]}).schemes == ("w16", "w4g64", "l8t")
+    assert build_config(MINIMAL | {"schemes": ["W4A16-g64", "l8", "w4g64"]}).schemes == (
+        "w16",
+        "w4g64",
+        "l8t",
+    )
     with pytest.raises(SchemeError):
         build_config(MINIMAL | {"schemes": ["w99"]})
 

@@ -74,5 +74,7 @@ def test_modules_that_need_no_torch_import_none() -> None:
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_importing_a_package_imports_nothing_heavy(package: str) -> None:
-    code = f"import sys, {package}\nheavy = {{'torch', 'transformers', 'numpy', 'pandas'}} & set(sys.modules)\n"
+    code = (
+        f"import sys, {package}\nheavy = {{'torch', 'transformers', 'numpy', 'pandas'}} & set(sys.modules)\n"
+    )
     subprocess.run([sys.executable, "-c", code + "assert not heavy, heavy"], cwd=ROOT, check=True)

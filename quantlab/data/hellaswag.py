@@ -66,11 +66,6 @@ def load_documents(path: Path | None = None) -> list[Document]:
     return list(load_hellaswag(path).documents)
 
 
-def dataset_sha256(path: Path | None = None) -> str:
-    """The digest of `load_hellaswag`, after the same checks of every row."""
-    return load_hellaswag(path).sha256
-
-
 def select(documents: Sequence[Document], config: HellaSwagConfig) -> list[Document]:
     """The documents that the configuration asks for, in the order of the file.
 
