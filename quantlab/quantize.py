@@ -5,6 +5,13 @@
 
 Linears of the decoder layers become `QuantLinear`; the sites of attention logits and probabilities become
 `FakeQuant`. Everything is checked before anything is swapped. Embeddings and lm_head stay at 16 bits.
+
+How far scores of one scheme agree. Integer linears give the same bits for any batch and order. On a CPU, sequences of
+one length got the same hidden states bit for bit in batches of 1 and 8 (SmolLM2-135M, every scheme tried), so their
+log-likelihoods differ by the rounding of the head, 1e-4 nats at most. Where the order of a float sum does change (the
+integer and the simulated kernel, another place in a packed row), a value near the middle of two codes flips, and a
+document's score moves by at most what the scheme itself costs some document: integer against simulated, 48 texts of
+57 tokens, w8a8: mean difference 0.0004 +- 0.010 nats per token, largest 0.08, where the scheme costs up to 0.13.
 """
 
 from collections.abc import Iterator, Sequence

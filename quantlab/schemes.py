@@ -191,6 +191,21 @@ class Scheme:
         return self == Scheme()
 
     @property
+    def rounds_while_running(self) -> bool:
+        """Whether values are rounded during a forward pass: a last bit that differs may then become a whole step."""
+        return any(spec is not None for spec in (self.activations, self.logits, self.probs))
+
+    @property
+    def rounds_values(self) -> bool:
+        """Whether values that pass through the model are rounded to codes, and not weights alone.
+
+        A value near the middle of two codes then turns a difference in its last place into a whole step, and layers
+        of steps into a score that differs by as much as the scheme itself costs a document. So such a scheme is
+        scored in one fixed layout: a row holds one document, whatever the batch size.
+        """
+        return self.activations is not None or self.logits is not None or self.probs is not None
+
+    @property
     def spans_sequence(self) -> bool:
         """Whether a dynamic scale spans tokens; then every context is scored with every ending by itself."""
         inputs = self.activations is not None and self.activations.granularity in ("tensor", "channel")

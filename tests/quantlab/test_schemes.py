@@ -138,6 +138,11 @@ def test_which_schemes_span_a_sequence() -> None:
     assert [Scheme.parse(name).spans_sequence for name in single] == [False] * len(single)
 
 
+def test_which_schemes_round_values() -> None:
+    assert [Scheme.parse(name).rounds_values for name in ("w16", "w4g64z")] == [False] * 2
+    assert [Scheme.parse(name).rounds_values for name in ("a8", "w8a8", "l8r", "p8t", "w4l4t")] == [True] * 5
+
+
 def test_the_baseline() -> None:
     assert Scheme().name == "w16" and Scheme.parse("w16").is_baseline
     assert not Scheme.parse("l8t").is_baseline
