@@ -20,8 +20,9 @@ in chunks of 128 at fixed places.
 Letters: B sequences, H query heads, K key heads, N = H / K, q query rows of a block, t keys of a block, d channels.
 """
 
+import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,9 @@ NAME = "attention_sites"
 ROW_STEP = 16
 """Rows enter a product in multiples of this, so that a row's bits do not depend on its neighbours."""
 KEY_STEP = 128
-"""Keys enter a block, and are summed, in chunks of this at fixed places, for the same reason."""
+"""Keys enter a block in multiples of this; they are summed in chunks of as many, at fixed places, for the same reason.
+A long sequence takes larger chunks, `LONG_STEP`, since each costs a call and the waste at the diagonal matters less."""
+LONG_STEP, LONG = 512, 2048
 BLOCK_ELEMENTS = 1 << 19
 """Logits in a block when no size is given: 2 MiB of float32, about one core's cache."""
 
@@ -134,7 +137,7 @@ class _Call:
     query: Tensor
     """[B, H, queries, d]."""
     key: Tensor
-    """[B * K, T, d]."""
+    """[B * K, d, T]."""
     value: Tensor
     """[B * K, T, d]."""
     mask: Mask
@@ -142,14 +145,19 @@ class _Call:
     softcap: float | None
     block_size: int
 
+    def __post_init__(self) -> None:
+        self.num_keys = self.key.shape[2]
+        self.key_step = KEY_STEP if self.num_keys < LONG else LONG_STEP
+        self._scratch: dict[str, Tensor] = {}
+
     def blocks(self) -> Iterator[QueryBlock]:
         """The blocks in order, with what each may see."""
-        num_queries, num_keys = self.query.shape[2], self.key.shape[1]
+        num_queries, num_keys = self.query.shape[2], self.num_keys
         for start in range(0, num_queries, self.block_size):
             stop = min(num_queries, start + self.block_size)
             reach = self.mask.reach(start, stop)
-            first = reach.first // KEY_STEP * KEY_STEP
-            last = min(num_keys, -(-reach.last // KEY_STEP) * KEY_STEP)
+            first = reach.first // self.key_step * self.key_step
+            last = min(num_keys, -(-reach.last // self.key_step) * self.key_step)
             yield QueryBlock(
                 visible=self.mask.visible(start, stop, first, last),
                 start=start,
@@ -165,8 +173,9 @@ class _Call:
         batch, heads, _, width = self.query.shape
         query = _pad_rows(self.query[:, :, block.start : block.start + rows])
         query = query.reshape(self.key.shape[0], -1, width)
-        key = self.key[:, block.key_start : block.key_start + keys]
-        logits = torch.baddbmm(query.new_zeros(1), query, key.transpose(1, 2), beta=0, alpha=self.scaling)
+        key = self.key[:, :, block.key_start : block.key_start + keys]
+        out = self._buffer("logits", query, (*query.shape[:2], keys), query.dtype)
+        logits = torch.baddbmm(query.new_zeros(1), query, key, beta=0, alpha=self.scaling, out=out)
         logits = logits.view(batch, heads, -1, keys)[:, :, :rows]
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
@@ -180,7 +189,8 @@ class _Call:
         for a, b in ((0, first), (last, masked.shape[-1])) if last > first else ((0, masked.shape[-1]),):
             if b > a:
                 masked[..., a:b].masked_fill_(~block.visible[..., a:b], -torch.inf)
-        probs = torch.softmax(masked, -1, dtype=torch.float32).to(self.query.dtype)
+        out = self._buffer("probs", masked, masked.shape, torch.float32)
+        probs = torch.softmax(masked, -1, dtype=torch.float32, out=out).to(self.query.dtype)
         if self.mask.reach(block.start, block.start + masked.shape[2]).blind:
             probs = probs.masked_fill(~block.visible.any(-1, keepdim=True), 0.0)
         return probs
@@ -191,13 +201,25 @@ class _Call:
         probs = _pad_rows(probs_BHqt).reshape(self.value.shape[0], -1, keys)
         value = self.value[:, block.key_start : block.key_start + keys]
         # Sums in chunks only where they are not rounded to fewer bits between chunks.
-        step = (
-            KEY_STEP if probs.dtype in (torch.float32, torch.float64) and probs.device.type == "cpu" else keys
-        )
+        exact = probs.dtype in (torch.float32, torch.float64) and probs.device.type == "cpu"
+        step = self.key_step if exact else keys
         out = torch.bmm(probs[..., :step], value[:, :step])
         for chunk in range(step, keys, step):
             out = torch.baddbmm(out, probs[..., chunk : chunk + step], value[:, chunk : chunk + step])
         return out.view(batch, heads, -1, value.shape[-1])[:, :, :rows].transpose(1, 2)
+
+    def _buffer(self, name: str, like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+        """Memory of the call's largest block, used again by every block: fresh pages would cost as much as a softmax.
+
+        None where a gradient is taken, which must keep every block.
+        """
+        if torch.is_grad_enabled():
+            return None
+        size = math.prod(shape)
+        if name not in self._scratch or self._scratch[name].numel() < size:
+            rows = size // shape[-1]
+            self._scratch[name] = torch.empty(rows * self.num_keys, dtype=dtype, device=like.device)
+        return self._scratch[name][:size].view(*shape)
 
 
 def _pad_rows(x_BHqd: Tensor) -> Tensor:
@@ -234,7 +256,7 @@ def _attend(
     causal = bool(kwargs.get("is_causal", getattr(module, "is_causal", True)))
     call = _Call(
         query,
-        key.reshape(-1, *key.shape[2:]).contiguous(),
+        key.reshape(-1, *key.shape[2:]).transpose(1, 2).contiguous(),
         value.reshape(-1, *value.shape[2:]).contiguous(),
         as_mask(
             attention_mask,

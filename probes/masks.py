@@ -105,7 +105,12 @@ class MaskRule(Mask):
         rows = torch.arange(start, stop, device=device) + self.query_offset
         keys = torch.arange(first, last, device=device) + self.key_offset
         if self._is_causal:
-            return keys <= rows[None, None, :, None]
+            seen = torch.ones(1, 1, len(rows), len(keys), dtype=torch.bool, device=device)
+            diagonal = max(
+                0, start + self.query_offset - self.key_offset + 1 - first
+            )  # keys that all rows see
+            seen[..., diagonal:] = keys[diagonal:] <= rows[:, None]
+            return seen
         batch = torch.arange(self.batch_size, device=device)
         head = torch.zeros(1, dtype=torch.long, device=device)
         if self.use_vmap:

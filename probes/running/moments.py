@@ -1,10 +1,12 @@
 """The first four moments of a stream, in float64, and merging that rounds nothing.
 
-A chunk of values gives its mean and central sums in float64 (two passes, so an offset costs no digits). These are
+A tensor gives its sums of powers around a shift near its mean in float64, so that an offset costs no digits. These are
 turned into power sums as exact dyadic rationals, which add without rounding: merging is associative, and the only
-rounding is inside a chunk. Relative to sum |x - mean|^p of the whole, that is below 1e-13 for any split.
+rounding is inside one tensor. Relative to sum |x - mean|^p of the whole, that is below 1e-13 for any split.
 """
 
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,9 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 16
-"""Values per chunk: half a MiB in float64, which stays in a core's cache."""
+"""Values that are summed at once: half a MiB in float64, which stays in a core's cache."""
+
+_scratch = threading.local()
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,14 @@ class Moments:
 
     def add(self, x: Tensor) -> None:
         """Take in a tensor of any shape; NaN and infinities are passed over."""
-        for chunk in x.detach().flatten().split(CHUNK):
-            self._add_chunk(chunk)
+        x = x.detach()
+        # Close to the mean is enough: sums of powers of x - shift lose no digits, and the shift is accounted for.
+        shift = float(x.mean()) if x.numel() else 0.0
+        if not abs(shift) < float("inf"):
+            x = x[x.isfinite()]
+            shift = float(x.double().mean()) if x.numel() else 0.0
+        if x.numel():
+            self._take(x.numel(), shift, *_central_sums(x, shift))
 
     def merge(self, other: "Moments") -> None:
         """Take in what another has seen; exact."""
@@ -77,32 +87,45 @@ class Moments:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.n, self._sums = int(state["n"]), [int(value, 16) for value in state["sums"]]
 
-    def _add_chunk(self, x: Tensor) -> None:
-        wide = x.double()
-        total = float(wide.sum())
-        if not abs(total) < float("inf"):
-            wide = wide[wide.isfinite()]
-            total = float(wide.sum())
-        n = wide.numel()
-        if not n:
-            return
-        mean = total / n
-        deviation = wide - mean if wide is x else wide.sub_(mean)
-        square = deviation * deviation
-        # In units of 1/n they are exact rationals of the rounded sums: only these four roundings are ever made.
-        d1, d2 = float(deviation.sum()), float(square.sum())
-        d3, d4 = float(torch.dot(square, deviation)), float(torch.dot(square, square))
-        self._take(n, mean, d1, d2, d3, d4)
-
-    def _take(self, n: int, mean: float, d1: float, d2: float, d3: float, d4: float) -> None:
-        """Add n values given by sums of powers of their deviation from `mean`, with x = mean + deviation expanded."""
-        m = _scaled(mean)
+    def _take(self, n: int, shift: float, d1: float, d2: float, d3: float, d4: float) -> None:
+        """Add n values given by sums of powers of their deviation from `shift`, with x = shift + deviation expanded."""
+        m = _scaled(shift)
         e1, e2, e3, e4 = (_scaled(d) << (1074 * p) for p, d in enumerate((d1, d2, d3, d4)))
         self.n += n
         self._sums[0] += n * m + e1
         self._sums[1] += n * m**2 + 2 * m * e1 + e2
         self._sums[2] += n * m**3 + 3 * m**2 * e1 + 3 * m * e2 + e3
         self._sums[3] += n * m**4 + 4 * m**3 * e1 + 6 * m**2 * e2 + 4 * m * e3 + e4
+
+
+def _central_sums(x: Tensor, shift: float) -> tuple[float, float, float, float]:
+    """sum (x - shift)^p for p = 1..4, in float64, chunk by chunk in one buffer."""
+    buffers, sums = _buffers(x.device), [0.0, 0.0, 0.0, 0.0]
+    for chunk in _chunks(x):
+        deviation, square = buffers[:, : chunk.numel()]
+        deviation.view(chunk.shape).copy_(chunk)
+        deviation -= shift
+        torch.mul(deviation, deviation, out=square)
+        found = (deviation.sum(), square.sum(), square.dot(deviation), square.dot(square))
+        sums = [total + float(each) for total, each in zip(sums, found, strict=True)]
+    return sums[0], sums[1], sums[2], sums[3]
+
+
+def _buffers(device: torch.device) -> Tensor:
+    """Two chunks of float64, the same for every call of a thread: fresh pages would cost as much as the sums."""
+    held: dict[torch.device, Tensor] = _scratch.__dict__.setdefault("buffers", {})
+    if device not in held:
+        held[device] = torch.empty(2, CHUNK, dtype=torch.float64, device=device)
+    return held[device]
+
+
+def _chunks(x: Tensor) -> Iterator[Tensor]:
+    """x in parts of at most `CHUNK` values; a strided tensor by rows, so that it is read once and not copied."""
+    if x.is_contiguous() or x.ndim < 2:
+        yield from x.flatten().split(CHUNK)
+        return
+    for columns in x.reshape(-1, x.shape[-1]).split(CHUNK, dim=1):
+        yield from columns.split(max(1, CHUNK // columns.shape[1]))
 
 
 def _scaled(value: float) -> int:
