@@ -8,8 +8,9 @@ bit-identical inputs, which no float product promises.
 
 Grouped weights need one product and one scaling per group, in tiles of rows that keep the sums in cache. Whether
 that beats one float product of fake-quantized values was measured with `python benchmarks/integer_linear.py` (CPU
-time, one thread): w4g256a8 1.4 to 1.8 times faster; w4g128a8 0.9 to 1.1 at M=1024, 2048x2048, and 1.2 at M=160,
-1536x1536, the size of an evaluation's forward; w4g64a8 0.6 to 0.8 and 1.0. `INTEGER_GROUP_SIZE` is the line drawn.
+time, one thread): w4g256a8 1.4 to 1.8 times faster; w4g128a8 0.9 to 1.1 at M=1024, 2048x2048, and 1.1 to 1.2 at
+M=160, 1536x1536, the size of an evaluation's forward; w4g64a8 0.6 to 0.8, and 0.7 to 1.0.
+`INTEGER_GROUP_SIZE` is the line drawn.
 
 M tokens, K inputs, N outputs, G groups of g inputs.
 """
