@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from time import perf_counter, process_time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from quantlab.config import CheckpointConfig, EvaluationConfig, ProfileConfig, RunConfig
 from quantlab.data.hellaswag import load_hellaswag, select
@@ -198,7 +198,7 @@ def _hellaswag(checkpoint: "Checkpoint", scheme: Scheme, config: EvaluationConfi
         checkpoint.tokenizer,
         config.hellaswag,
         share_context=checkpoint.family.packable and not scheme.spans_sequence,
-        batch_size=config.batch_size,
+        batch_size=_batch_size(scheme, config),
         bos=config.bos,
         advance=lambda count: advance(count * DOCUMENT_TOKENS),
     )
@@ -211,9 +211,18 @@ def _perplexity(checkpoint: "Checkpoint", scheme: Scheme, config: EvaluationConf
     return evaluate_perplexity(
         checkpoint.model,
         blocks,
-        batch_size=config.batch_size,
+        batch_size=_batch_size(scheme, config),
         advance=lambda count: advance(count * config.perplexity.sequence_length),
     )
+
+
+def _batch_size(scheme: Scheme, config: EvaluationConfig) -> int | Literal["auto"]:
+    """Documents in one forward pass: what is asked for, but one by one where a scheme rounds while it runs.
+
+    Products of other shapes round their last bit otherwise. Of float weights that moves a score by 1e-5 nats; a scheme
+    that rounds activations makes whole steps of it, and its scores would depend on their neighbours.
+    """
+    return 1 if scheme.rounds_while_running else config.batch_size
 
 
 _TASKS = {"hellaswag": _hellaswag, "perplexity": _perplexity}

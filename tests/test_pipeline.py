@@ -1,0 +1,94 @@
+"""The main path on a toy model: what a score may not depend on, and what a record says."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from quantlab import pipeline
+from quantlab.config import RunConfig, build_config
+from quantlab.models.loading import Checkpoint, load_checkpoint
+from quantlab.records import read_items
+from quantlab.schemes import Scheme
+
+EVALUATION = {"hellaswag": {"limit": 9}, "perplexity": {"sequence_length": 40, "num_sequences": 5}}
+
+
+def _config(folder: Path, **evaluation: Any) -> RunConfig:
+    return build_config({"checkpoints": [{"path": str(folder)}], "evaluation": EVALUATION | evaluation})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(toy_folder: Path) -> Checkpoint:
+    return load_checkpoint(_config(toy_folder).checkpoints[0])
+
+
+def _scores(checkpoint: Checkpoint, config: RunConfig, scheme: str) -> list[np.ndarray]:
+    """Log-likelihoods of all endings, and nats of all blocks."""
+    _, items = pipeline.evaluate_cell(checkpoint, Scheme.parse(scheme), config, lambda units: None)
+    endings = [items["hellaswag"][f"ll_{ending}"] for ending in range(4)]
+    return [np.stack(endings), items["perplexity"]["nats"]]
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a4", "w4g32a8", "a8t", "l8t", "l4h", "l6r", "p6t", "w4a8l6t"])
+def test_batch_size_changes_no_bit_of_a_scheme_that_rounds_while_running(
+    scheme: str, checkpoint: Checkpoint, toy_folder: Path
+) -> None:
+    one, many = (_scores(checkpoint, _config(toy_folder, batch_size=size), scheme) for size in (1, 4))
+    for alone, together in zip(one, many, strict=True):
+        np.testing.assert_array_equal(alone, together)
+
+
+@pytest.mark.parametrize("scheme", ["w16", "w8", "w4g32"])
+def test_batch_size_changes_other_schemes_by_rounding_only(
+    scheme: str, checkpoint: Checkpoint, toy_folder: Path
+) -> None:
+    one, many = (_scores(checkpoint, _config(toy_folder, batch_size=size), scheme) for size in (1, 4))
+    for alone, together in zip(one, many, strict=True):
+        # a score is a sum of up to 60 log-probabilities of float32 logits of magnitude about 10
+        np.testing.assert_allclose(
+            together, alone, rtol=0, atol=60 * 10 * 16 * float(np.finfo(np.float32).eps)
+        )
+
+
+def test_selection_and_order_change_no_score(checkpoint: Checkpoint, toy_folder: Path) -> None:
+    some = build_config(
+        {
+            "checkpoints": [{"path": str(toy_folder)}],
+            "evaluation": {"tasks": ["hellaswag"], "hellaswag": {"items": "3:9"}},
+        }
+    )
+    fewer = build_config(
+        {
+            "checkpoints": [{"path": str(toy_folder)}],
+            "evaluation": {"tasks": ["hellaswag"], "hellaswag": {"items": "5:7"}},
+        }
+    )
+    found = []
+    for config in (some, fewer):
+        _, items = pipeline.evaluate_cell(checkpoint, Scheme.parse("w8a8l6t"), config, lambda units: None)
+        found.append(dict(zip(items["hellaswag"]["item"], items["hellaswag"]["ll_2"], strict=True)))
+    assert found[1].keys() == {5, 6} and found[1].items() <= found[0].items()
+
+
+def test_a_record_says_what_made_it(toy_folder: Path, tmp_path: Path) -> None:
+    config = build_config(
+        {
+            "checkpoints": [{"path": str(toy_folder)}],
+            "schemes": ["w4g32"],
+            "profile": None,
+            "out": str(tmp_path),
+        }
+        | {"evaluation": EVALUATION, "quantize": {"skip": ["*.down_proj"]}}
+    )
+    baseline, record = pipeline.run(config, lambda cells: lambda event: None)
+    assert (baseline.made_by["scheme"], record.made_by["scheme"]) == ("w16", "w4g32")
+    assert record.made_by["quantize"]["skip"] == ["*.down_proj"]
+    shares = record.result["quantization"]["share_by_bits"]
+    assert 0 < shares["4"] < 1 and sum(shares.values()) == pytest.approx(1)
+    assert record.config == config.recorded() and record.config_fingerprint
+    items = read_items(tmp_path, record.key, "hellaswag")
+    assert items["correct"].mean() == record.result["hellaswag"]["acc"]
+    assert len(items) == 9 and items["item"].is_monotonic_increasing
+    assert pipeline.run(config, lambda cells: pytest.fail("computed again") if cells else lambda event: None)
