@@ -103,8 +103,8 @@ class EvaluationConfig(Section):
     perplexity: TextConfig = TextConfig()
     """Perplexity's text."""
     batch_size: int | Literal["auto"] = "auto"
-    """Documents (or blocks) in one forward pass; changes speed and memory, never a score. Schemes that round activations
-    or attention maps take one at a time whatever is asked."""
+    """Documents (or blocks) in one forward pass; changes speed and memory, never a score. Schemes that round
+    activations or attention maps take one at a time whatever is asked."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Beginning-of-sequence token before each HellaSwag context: as the tokenizer does by itself, or forced."""
 

@@ -10,6 +10,7 @@ does: functions of a checkpoint, a configuration and a scheme. torch is imported
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,10 +22,11 @@ from quantlab.errors import RecordError
 from quantlab.export.atomic import check_destination
 from quantlab.export.formats import find_format
 from quantlab.models.inspection import CheckpointInfo, content_hash, inspect_checkpoint
+from quantlab.models.precision import stored_precision
 from quantlab.records import Record, check_writable, read_records, read_run, record_key, source_hash
 from quantlab.schemes import Scheme, check_shapes
 from quantlab.sweep.executors import Advance, Event, run_cells
-from quantlab.sweep.plan import DOCUMENT_TOKENS, Cell, plan
+from quantlab.sweep.plan import Cell, document_tokens, plan
 from quantlab.sweep.store import RunStore
 
 if TYPE_CHECKING:
@@ -105,12 +107,17 @@ def evaluate_cell(
     checkpoint: "Checkpoint", scheme: Scheme, config: RunConfig, advance: Advance
 ) -> tuple[dict[str, Any], Items]:
     """Scores of a checkpoint under a scheme: the record's result and the per-item scores of each task."""
+    import torch
+
     from quantlab.quantize import quantized
 
     assert config.evaluation is not None
+    model, quantize = checkpoint.model, config.quantize
+    loaded = str(model.dtype).removeprefix("torch.")
+    scale_dtype = getattr(torch, stored_precision(loaded, checkpoint.info.source_precision))
     scores: dict[str, Any] = {}
     with quantized(
-        checkpoint.model, scheme, skip=config.quantize.skip, kernel=config.quantize.kernel
+        model, scheme, skip=quantize.skip, kernel=quantize.kernel, scale_dtype=scale_dtype
     ) as changes:
         for task in config.evaluation.tasks:
             scores[task] = _TASKS[task](checkpoint, scheme, config.evaluation, advance)
@@ -200,7 +207,7 @@ def _hellaswag(checkpoint: "Checkpoint", scheme: Scheme, config: EvaluationConfi
         share_context=checkpoint.family.packable and not scheme.spans_sequence,
         batch_size=_batch_size(scheme, config),
         bos=config.bos,
-        advance=lambda count: advance(count * DOCUMENT_TOKENS),
+        advance=lambda count: advance(count * document_tokens(scheme)),
     )
 
 
@@ -222,7 +229,7 @@ def _batch_size(scheme: Scheme, config: EvaluationConfig) -> int | Literal["auto
     Products of other shapes round their last bit otherwise. Of float weights that moves a score by 1e-5 nats; a scheme
     that rounds activations makes whole steps of it, and its scores would depend on their neighbours.
     """
-    return 1 if scheme.rounds_while_running else config.batch_size
+    return 1 if scheme.rounds_values else config.batch_size
 
 
 _TASKS = {"hellaswag": _hellaswag, "perplexity": _perplexity}
@@ -251,7 +258,8 @@ def _jobs(config: RunConfig, infos: Sequence[CheckpointInfo], data: dict[str, st
 
 def _made_by(cell: Cell, config: RunConfig, source: dict[str, Any], data: dict[str, str]) -> dict[str, Any]:
     """What a record is the result of. Batch size, workers and the places of files are absent: they change no score."""
-    made_by: dict[str, Any] = {"checkpoint": source, "code": source_hash()}
+    libraries = {name: version(name) for name in ("torch", "transformers")}
+    made_by: dict[str, Any] = {"checkpoint": source, "code": source_hash(), "libraries": libraries}
     if cell.kind == "profile":
         assert config.profile is not None
         settings = config.profile.model_dump(mode="json", exclude={"text": {"path"}})
@@ -263,7 +271,10 @@ def _made_by(cell: Cell, config: RunConfig, source: dict[str, Any], data: dict[s
     }
     return made_by | {
         "scheme": cell.scheme,
-        "quantize": {"skip": sorted(config.quantize.skip)},
+        "quantize": {
+            "skip": sorted(config.quantize.skip),
+            "scale_dtype": stored_precision(source["dtype"], source["source_precision"]),
+        },
         "kernel": config.quantize.kernel,
         "evaluation": settings,
         "bos": config.evaluation.bos,
@@ -313,15 +324,12 @@ def _sidecar(wall_seconds: float, cpu_seconds: float) -> dict[str, Any]:
     from datetime import UTC, datetime
 
     import torch
-    import transformers
 
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": platform.node(),
         "machine": platform.machine(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
         "wall_s": round(wall_seconds, 3),
         "cpu_s": round(cpu_seconds, 3),

@@ -16,8 +16,10 @@ document's score moves by at most what the scheme itself costs some document: in
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from probes.attention import attention_sites
@@ -37,39 +39,58 @@ _Undo = list[tuple[nn.Module, str, nn.Module]]
 
 
 def quantize_(
-    model: nn.Module, scheme: Scheme, *, skip: Sequence[str] = (), kernel: str = "integer"
+    model: nn.Module,
+    scheme: Scheme,
+    *,
+    skip: Sequence[str] = (),
+    kernel: str = "integer",
+    scale_dtype: torch.dtype = torch.float32,
 ) -> Changes:
     """Put the scheme on the model, for good.
 
     Args:
         skip: dotted patterns of decoder linears that stay at 16 bits.
         kernel: a name of `KERNELS`.
+        scale_dtype: dtype that the scales of weights are rounded to before codes are chosen, as they will be stored.
 
     Raises:
         SchemeError: the scheme does not fit the model, a pattern matches nothing, or nothing would be quantized; the
             model is then as it was. Attention logits and probabilities need `attention_sites(model)` around the call.
         ProbeError: the model has no decoder layers.
     """
-    return _swap(model, scheme, skip, kernel, None)
+    return _swap(model, scheme, skip, kernel, scale_dtype, None)
 
 
 @contextmanager
 def quantized(
-    model: nn.Module, scheme: Scheme, *, skip: Sequence[str] = (), kernel: str = "integer"
+    model: nn.Module,
+    scheme: Scheme,
+    *,
+    skip: Sequence[str] = (),
+    kernel: str = "integer",
+    scale_dtype: torch.dtype = torch.float32,
 ) -> Iterator[Changes]:
     """The model under the scheme for the span of the block; then the same modules as before, however it ends.
 
-    Enters `attention_sites(model)` by itself where the scheme has attention logits or probabilities.
+    Takes what `quantize_` takes, and enters `attention_sites(model)` by itself where the scheme has attention logits
+    or probabilities.
     """
     undo: _Undo = []
     with ExitStack() as stack:
         if scheme.logits is not None or scheme.probs is not None:
             stack.enter_context(attention_sites(model))
         stack.callback(_restore, undo)
-        yield _swap(model, scheme, skip, kernel, undo)
+        yield _swap(model, scheme, skip, kernel, scale_dtype, undo)
 
 
-def _swap(model: nn.Module, scheme: Scheme, skip: Sequence[str], kernel: str, undo: _Undo | None) -> Changes:
+def _swap(
+    model: nn.Module,
+    scheme: Scheme,
+    skip: Sequence[str],
+    kernel: str,
+    scale_dtype: torch.dtype,
+    undo: _Undo | None,
+) -> Changes:
     """Check everything, then swap; what was swapped is noted in `undo`, where there is one."""
     if kernel not in KERNELS:
         raise SchemeError(
@@ -86,11 +107,12 @@ def _swap(model: nn.Module, scheme: Scheme, skip: Sequence[str], kernel: str, un
     runs, reason = choose_kernel(scheme, next(model.parameters()).device.type, kernel)
     _check_chosen(model, scheme, chosen, skip, runs)
     sites = _find_sites(model, scheme)
+    how = _How(scheme, scale_dtype, runs, reason)
     rows: list[Change] = []
     if scheme.weights is not None or scheme.activations is not None:
         for target in targets:
             if target in chosen:
-                rows.append(_swap_linear(model, target, scheme, runs, reason, undo))
+                rows.append(_swap_linear(model, target, how, undo))
             else:
                 rows.append(_stays(target, skip))
     rows += [_swap_site(layer, prefix, name, spec, undo) for prefix, layer, name, spec in sites]
@@ -161,22 +183,32 @@ def _find_sites(model: nn.Module, scheme: Scheme) -> list[tuple[str, nn.Module, 
     return [(prefix, layer, name, spec) for prefix, layer in layers for name, spec in wanted]
 
 
-def _swap_linear(
-    model: nn.Module, target: Target, scheme: Scheme, runs: Kernel, reason: str, undo: _Undo | None
-) -> Change:
+@dataclass(frozen=True)
+class _How:
+    """How the linears of a model are quantized."""
+
+    scheme: Scheme
+    scale_dtype: torch.dtype
+    kernel: Kernel
+    reason: str
+    """Why this kernel and not the one asked for; empty where it is."""
+
+
+def _swap_linear(model: nn.Module, target: Target, how: _How, undo: _Undo | None) -> Change:
     """Put a QuantLinear in the place of one linear, under every name that it has."""
+    scheme = how.scheme
     linear = model.get_submodule(target.name)
     storage_bits = 16 * target.num_weights
     if not isinstance(linear, QuantLinear):  # a linear that the model holds twice was swapped the first time
         quantized = None
         if scheme.weights is not None:
-            quantized = rtn.quantize_weight(weight_of(linear), scheme.weights)
+            quantized = rtn.quantize_weight(weight_of(linear), scheme.weights, scale_dtype=how.scale_dtype)
             storage_bits = 0 if target.tied_to else quantized.storage_bits()
-        swapped = QuantLinear(linear, quantized, scheme.activations, runs, target.name)
+        swapped = QuantLinear(linear, quantized, scheme.activations, how.kernel, target.name)
         _replace(model, linear, swapped.train(linear.training), undo)
     bits = 16 if scheme.weights is None else scheme.weights.bits
-    why = f"{Scheme(scheme.weights, scheme.activations).name}{reason and f': {reason}'}"
-    return Change(target.name, "swapped", why, bits, target.num_weights, runs, storage_bits)
+    why = f"{Scheme(scheme.weights, scheme.activations).name}{how.reason and f': {how.reason}'}"
+    return Change(target.name, "swapped", why, bits, target.num_weights, how.kernel, storage_bits)
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module, undo: _Undo | None) -> None:

@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from quantlab.errors import OutputError, RecordError
+from quantlab.errors import OutputError
+from quantlab.errors import RecordError as RecordError  # what reading a record raises, for its readers
 
 if TYPE_CHECKING:
     import pandas

@@ -191,11 +191,6 @@ class Scheme:
         return self == Scheme()
 
     @property
-    def rounds_while_running(self) -> bool:
-        """Whether values are rounded during a forward pass: a last bit that differs may then become a whole step."""
-        return any(spec is not None for spec in (self.activations, self.logits, self.probs))
-
-    @property
     def rounds_values(self) -> bool:
         """Whether values that pass through the model are rounded to codes, and not weights alone.
 

@@ -12,14 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-# RecordError is what reading a record raises; of quantlab, reports know records and statistics only.
-from quantlab.records import (  # type: ignore[attr-defined]
-    Record,
-    RecordError,
-    read_items,
-    read_record,
-    read_run,
-)
+from quantlab.records import Record, RecordError, read_items, read_record, read_run
 from reports.names import read_scheme
 
 BASELINE = "w16"

@@ -5,12 +5,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from quantlab import pipeline
 from quantlab.config import RunConfig, build_config
+from quantlab.layers.linear import QuantLinear
 from quantlab.models.loading import Checkpoint, load_checkpoint
 from quantlab.records import read_items
 from quantlab.schemes import Scheme
+from tests.toys import save_checkpoint
 
 EVALUATION = {"hellaswag": {"limit": 9}, "perplexity": {"sequence_length": 40, "num_sequences": 5}}
 
@@ -32,7 +35,7 @@ def _scores(checkpoint: Checkpoint, config: RunConfig, scheme: str) -> list[np.n
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a4", "w4g32a8", "a8t", "l8t", "l4h", "l6r", "p6t", "w4a8l6t"])
-def test_batch_size_changes_no_bit_of_a_scheme_that_rounds_while_running(
+def test_batch_size_changes_no_bit_of_a_scheme_that_rounds_values(
     scheme: str, checkpoint: Checkpoint, toy_folder: Path
 ) -> None:
     one, many = (_scores(checkpoint, _config(toy_folder, batch_size=size), scheme) for size in (1, 4))
@@ -92,3 +95,40 @@ def test_a_record_says_what_made_it(toy_folder: Path, tmp_path: Path) -> None:
     assert items["correct"].mean() == record.result["hellaswag"]["acc"]
     assert len(items) == 9 and items["item"].is_monotonic_increasing
     assert pipeline.run(config, lambda cells: pytest.fail("computed again") if cells else lambda event: None)
+
+
+def test_scores_are_of_the_codes_that_are_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bfloat16 checkpoint ships bfloat16 scales, so its schemes are scored with bfloat16 scales, in float32 too."""
+    folder = save_checkpoint("llama", tmp_path / "bf16", dtype="bfloat16")
+    shipped = tmp_path / "w4g32"
+    config = build_config(
+        {
+            "checkpoints": [{"path": str(folder)}],
+            "schemes": ["w4g32"],
+            "profile": None,
+            "evaluation": EVALUATION,
+        }
+        | {"export": {"scheme": "w4g32", "out": str(shipped)}, "out": str(tmp_path / "run")}
+    )
+    scored: dict[str, torch.Tensor] = {}
+
+    def remember(checkpoint: Checkpoint, *_: object) -> Any:
+        scored.update({name: module.weight.clone() for name, module in _quant_linears(checkpoint)})
+        return perplexity(checkpoint, *_)
+
+    perplexity = pipeline._TASKS["perplexity"]
+    monkeypatch.setitem(pipeline._TASKS, "perplexity", remember)
+    _, record = pipeline.run(config, lambda cells: lambda event: None)
+    assert record.made_by["quantize"]["scale_dtype"] == "bfloat16"
+    pipeline.export(config, lambda count: None)
+    reloaded = load_checkpoint(config.checkpoints[0].model_copy(update={"path": str(shipped)})).model
+    assert len(scored) == 2 * 7
+    for name, weight in scored.items():
+        # codes times bfloat16 scales are exact in float32; the reader multiplies in bfloat16, which rounds them once
+        assert torch.equal(reloaded.get_submodule(name).weight, weight.bfloat16().float()), name
+
+
+def _quant_linears(checkpoint: Checkpoint) -> list[tuple[str, QuantLinear]]:
+    return [
+        (name, module) for name, module in checkpoint.model.named_modules() if isinstance(module, QuantLinear)
+    ]

@@ -9,6 +9,7 @@ from transformers.core_model_loading import WeightConverter, revert_weight_conve
 
 from quantlab.errors import CheckpointError
 from quantlab.export.shards import Layout, Part, TensorType
+from quantlab.models.precision import stored_precision
 
 __all__ = ["dtype_name", "model_parts", "stored_dtype", "tied_names"]
 
@@ -22,8 +23,8 @@ def stored_dtype(model: PreTrainedModel, source_precision: str) -> torch.dtype:
     loaded: torch.dtype = next(
         parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()
     )
-    source = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(source_precision, loaded)
-    if source == loaded or loaded != torch.float32:
+    source: torch.dtype = getattr(torch, stored_precision(dtype_name(loaded), source_precision))
+    if source == loaded:
         return loaded
     tensors = (tensor for tensor in model.state_dict().values() if tensor.is_floating_point())
     lossless = all(torch.equal(tensor, tensor.to(source).to(tensor.dtype)) for tensor in tensors)

@@ -52,6 +52,15 @@ def source_of_folder(config: Mapping[str, Any], tensors: Mapping[str, StoredTens
     return _DTYPE_NAMES[kind], None
 
 
+def stored_precision(loaded: str, source_precision: str) -> str:
+    """Dtype in which a quantized copy stores scales and kept tensors.
+
+    The source's own where the model was loaded in float32 from 16 bits, else the loaded one.
+    """
+    halves = ("bfloat16", "float16")
+    return source_precision if loaded == "float32" and source_precision in halves else loaded
+
+
 def _most_common(stored: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
     """The type that holds most elements."""
     elements: Counter[str] = Counter()

@@ -60,11 +60,15 @@ def _text_tokens(text: TextConfig) -> float:
     return float(text.num_sequences * text.sequence_length if text.num_sequences else NUM_TEXT_TOKENS)
 
 
+def document_tokens(scheme: Scheme) -> int:
+    """Tokens that a typical HellaSwag document costs under a scheme."""
+    return DOCUMENT_TOKENS_UNSHARED if scheme.spans_sequence else DOCUMENT_TOKENS
+
+
 def _evaluation_tokens(evaluation: EvaluationConfig, scheme: str) -> float:
-    shared = not Scheme.parse(scheme).spans_sequence
-    document = DOCUMENT_TOKENS if shared else DOCUMENT_TOKENS_UNSHARED
+    documents = evaluation.hellaswag.limit or NUM_DOCUMENTS
     tokens = {
-        "hellaswag": float((evaluation.hellaswag.limit or NUM_DOCUMENTS) * document),
+        "hellaswag": float(documents * document_tokens(Scheme.parse(scheme))),
         "perplexity": _text_tokens(evaluation.perplexity),
     }
     return sum(tokens[task] for task in evaluation.tasks)
