@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from quantlab.evaluation.perplexity import PerplexityScores, evaluate_perplexity
 from tests.toys import NUM_TOKENS, toy_model, toy_tokenizer
 
 
-def blocks(**config: int) -> TextBlocks:
-    text = TextConfig(**{"sequence_length": 48, "num_sequences": 5} | config)
+@cache
+def blocks() -> TextBlocks:
+    text = TextConfig(sequence_length=48, num_sequences=5)
     return text_blocks(text, toy_tokenizer(), num_embeddings=NUM_TOKENS)
 
 
