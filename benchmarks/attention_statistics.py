@@ -41,7 +41,7 @@ def make_model(length: int) -> Any:
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=NUM_HEADS * HEAD_DIM,
-        intermediate_size=4 * NUM_HEADS * HEAD_DIM,
+        intermediate_size=NUM_HEADS * HEAD_DIM,
         num_hidden_layers=1,
         num_attention_heads=NUM_HEADS,
         num_key_value_heads=NUM_HEADS,
@@ -125,7 +125,8 @@ def ours(model: Any, ids: Any, *, median: bool) -> dict[str, Any]:
     moments, top, histogram = Moments(), TopK(TOP_K, ("head", "query", "key")), Histogram()
     lse, entropy = torch.empty(NUM_HEADS, length), torch.empty(NUM_HEADS, length)
     outputs: list[Any] = []
-    buffer = torch.empty(NUM_HEADS * 256 * length // 8)  # one block and more, used again by each
+    logits: list[Any] = []
+    buffer = torch.empty(NUM_HEADS * 256 * length)  # any block fits; pages that none needs are never touched
 
     def see_logits(name: str, module: Any, args: Any, output: Any) -> None:
         x, block = args
@@ -142,8 +143,19 @@ def ours(model: Any, ids: Any, *, median: bool) -> dict[str, Any]:
                 histogram.add_magnitudes(part.abs())
         if peak >= top.threshold:
             top.add(x.masked_fill(~block.visible, torch.nan), place)
-        rows = slice(block.start, block.start + x.shape[2])
-        lse[:, rows], entropy[:, rows] = lse_and_entropy(x, block, buffer)
+        logits.append(x)
+
+    def see_probs(name: str, module: Any, args: Any, output: Any) -> None:
+        # The block's logits live until here, with what is hidden at -inf, where the probability is 0.
+        x, (probs, block) = logits.pop(), args
+        rows = slice(block.start, block.start + probs.shape[2])
+        last = block.seen_by_all[1]
+        seen = torch.mul(
+            probs[..., :last], x[..., :last], out=buffer[: x[..., :last].numel()].view(*x.shape[:3], last)
+        )
+        mean = seen.sum(-1) + (probs[..., last:] * x[..., last:]).nan_to_num_(0.0).sum(-1)
+        lse[:, rows] = (x.amax(-1) - probs.amax(-1).log())[0]
+        entropy[:, rows] = lse[:, rows] - mean[0]
 
     def refine(quantile: ExactQuantile) -> Callable[..., None]:
         def see(name: str, module: Any, args: Any, output: Any) -> None:
@@ -156,6 +168,7 @@ def ours(model: Any, ids: Any, *, median: bool) -> dict[str, Any]:
     with attention_sites(model):
         with (
             watch(model, "*.attn_logits", see_logits),
+            watch(model, "*.attn_probs", see_probs),
             watch(model, "*.o_proj", lambda name, module, args, output: outputs.append(args[0])),
         ):
             model.model(ids, use_cache=False)
@@ -175,23 +188,6 @@ def ours(model: Any, ids: Any, *, median: bool) -> dict[str, Any]:
         "output": float(outputs[0].double().square().mean()),
         "median": exact,
     }
-
-
-def lse_and_entropy(x_BHqt: Any, block: Any, buffer: Any) -> tuple[Any, Any]:
-    """log-sum-exp and entropy of each row over what is visible, [H, q], one exponential per logit."""
-    import torch
-
-    last = block.seen_by_all[1]  # causal: only the columns from here on hide anything
-    largest = x_BHqt[..., :last].amax(-1, keepdim=True)
-    hidden = ~block.visible[..., last:]
-    diagonal = x_BHqt[..., last:].masked_fill(hidden, -torch.inf)
-    if diagonal.shape[-1]:
-        largest = torch.maximum(largest, diagonal.amax(-1, keepdim=True))
-    weights = torch.sub(x_BHqt, largest, out=buffer[: x_BHqt.numel()].view(x_BHqt.shape))
-    weights[..., last:] = diagonal - largest
-    total = weights.exp_().sum(-1)
-    lse = largest[..., 0] + total.log()
-    return lse[0], (lse - weights.mul_(x_BHqt).sum(-1) / total)[0]
 
 
 def run_side(side: str, length: int, *, median: bool) -> dict[str, Any]:

@@ -47,8 +47,8 @@ KEY_STEP = 128
 """Keys enter a block in multiples of this; they are summed in chunks of as many, at fixed places, for the same reason.
 A long sequence takes larger chunks, `LONG_STEP`, since each costs a call and the waste at the diagonal matters less."""
 LONG_STEP, LONG = 512, 2048
-BLOCK_ELEMENTS = 1 << 19
-"""Logits in a block when no size is given: 2 MiB of float32, about one core's cache."""
+BLOCK_ELEMENTS = 1 << 20
+"""Logits in a block when no size is given: 4 MiB of float32, little more than one core's cache."""
 
 
 class _Session:
@@ -228,11 +228,10 @@ def _pad_rows(x_BHqd: Tensor) -> Tensor:
     return F.pad(x_BHqd, (0, 0, 0, missing)) if missing else x_BHqd
 
 
-def _rows_of_block(asked: int | None, row_elements: int) -> int:
-    """Rows of a block: what was asked, or what fits the cache, in multiples of `ROW_STEP`."""
-    if asked is not None:
-        return max(1, -(-asked // ROW_STEP)) * ROW_STEP
-    return min(256, max(ROW_STEP, BLOCK_ELEMENTS // row_elements // ROW_STEP * ROW_STEP))
+def _rows_of_block(asked: int | None, num_maps: int, num_keys: int) -> int:
+    """Rows of a block: what was asked, or what fits the cache and wastes little at the diagonal; a multiple of 16."""
+    rows = asked if asked is not None else min(256, num_keys // 8, BLOCK_ELEMENTS // (num_maps * num_keys))
+    return max(1, -(-rows // ROW_STEP)) * ROW_STEP
 
 
 def _attend(
@@ -268,7 +267,7 @@ def _attend(
         ),
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap,
-        _rows_of_block(session.block_size, query.shape[0] * query.shape[1] * key.shape[2]),
+        _rows_of_block(session.block_size, query.shape[0] * query.shape[1], key.shape[2]),
     )
     fresh = session.first_call(module, query, key, attention_mask)
     outputs = _walk(call, module, fresh=fresh, dropout=dropout if module.training else 0.0)

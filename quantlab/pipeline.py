@@ -122,6 +122,8 @@ def evaluate_cell(
         for task in config.evaluation.tasks:
             scores[task] = _TASKS[task](checkpoint, scheme, config.evaluation, advance)
     result = {"quantization": changes.summary()} | {task: score.summary() for task, score in scores.items()}
+    if "hellaswag" in result:
+        result["hellaswag"]["sharing_because"] = _sharing(checkpoint, scheme)[1]
     return result, {task: score.items() for task, score in scores.items()}
 
 
@@ -204,7 +206,7 @@ def _hellaswag(checkpoint: "Checkpoint", scheme: Scheme, config: EvaluationConfi
         checkpoint.model,
         checkpoint.tokenizer,
         config.hellaswag,
-        share_context=checkpoint.family.packable and not scheme.spans_sequence,
+        share_context=_sharing(checkpoint, scheme)[0],
         batch_size=_batch_size(scheme, config),
         bos=config.bos,
         advance=lambda count: advance(count * document_tokens(scheme)),
@@ -221,6 +223,16 @@ def _perplexity(checkpoint: "Checkpoint", scheme: Scheme, config: EvaluationConf
         batch_size=_batch_size(scheme, config),
         advance=lambda count: advance(count * config.perplexity.sequence_length),
     )
+
+
+def _sharing(checkpoint: "Checkpoint", scheme: Scheme) -> tuple[bool, str]:
+    """Whether the four endings of a document share its context in one row, and why."""
+    if scheme.spans_sequence:
+        return False, f"a scale of {scheme.name} spans the tokens of a sequence"
+    model_type = checkpoint.model.config.model_type
+    if not checkpoint.family.packable:
+        return False, f"the family {model_type} is not declared packable"
+    return True, f"the family {model_type} is declared packable"
 
 
 def _batch_size(scheme: Scheme, config: EvaluationConfig) -> int | Literal["auto"]:

@@ -1,13 +1,14 @@
 """The first four moments of a stream, in float64, and merging that rounds nothing.
 
-A tensor gives its sums of powers around a shift near its mean in float64, so that an offset costs no digits. These are
-turned into power sums as exact dyadic rationals, which add without rounding: merging is associative, and the only
-rounding is inside one tensor. Relative to sum |x - mean|^p of the whole, that is below 1e-13 for any split.
+A tensor gives its sums of powers in float64, around its mean where that is far from 0, so that an offset costs no
+digits. They are turned into power sums as exact dyadic rationals, which add without rounding: merging is associative,
+and the only rounding is inside one tensor. Relative to sum |x - mean|^p of the whole, that is below 1e-13 for any split.
 """
 
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -54,13 +55,15 @@ class Moments:
     def add(self, x: Tensor) -> None:
         """Take in a tensor of any shape; NaN and infinities are passed over."""
         x = x.detach()
-        # Close to the mean is enough: sums of powers of x - shift lose no digits, and the shift is accounted for.
-        shift = float(x.mean()) if x.numel() else 0.0
-        if not abs(shift) < float("inf"):
+        n, shift, sums = x.numel(), 0.0, _power_sums(x, 0.0)
+        if not all(map(isfinite, sums)):
             x = x[x.isfinite()]
-            shift = float(x.double().mean()) if x.numel() else 0.0
-        if x.numel():
-            self._take(x.numel(), shift, *_central_sums(x, shift))
+            n, sums = x.numel(), _power_sums(x, 0.0)
+        # Around 0, an offset of two standard deviations costs no more than two digits; a larger one is taken off.
+        if n and sums[0] ** 2 > 4 * (n * sums[1] - sums[0] ** 2):
+            shift = sums[0] / n
+            sums = _power_sums(x, shift)
+        self._take(n, shift, *sums)
 
     def merge(self, other: "Moments") -> None:
         """Take in what another has seen; exact."""
@@ -98,24 +101,25 @@ class Moments:
         self._sums[3] += n * m**4 + 4 * m**3 * e1 + 6 * m**2 * e2 + 4 * m * e3 + e4
 
 
-def _central_sums(x: Tensor, shift: float) -> tuple[float, float, float, float]:
+def _power_sums(x: Tensor, shift: float) -> tuple[float, float, float, float]:
     """sum (x - shift)^p for p = 1..4, in float64, chunk by chunk in one buffer."""
-    buffers, sums = _buffers(x.device), [0.0, 0.0, 0.0, 0.0]
+    sums = [0.0, 0.0, 0.0, 0.0]
     for chunk in _chunks(x):
-        deviation, square = buffers[:, : chunk.numel()]
+        deviation, square = (row[: chunk.numel()] for row in _buffers(x.device))
         deviation.view(chunk.shape).copy_(chunk)
-        deviation -= shift
+        if shift:
+            deviation -= shift
         torch.mul(deviation, deviation, out=square)
         found = (deviation.sum(), square.sum(), square.dot(deviation), square.dot(square))
         sums = [total + float(each) for total, each in zip(sums, found, strict=True)]
     return sums[0], sums[1], sums[2], sums[3]
 
 
-def _buffers(device: torch.device) -> Tensor:
+def _buffers(device: torch.device) -> tuple[Tensor, Tensor]:
     """Two chunks of float64, the same for every call of a thread: fresh pages would cost as much as the sums."""
-    held: dict[torch.device, Tensor] = _scratch.__dict__.setdefault("buffers", {})
+    held: dict[torch.device, tuple[Tensor, Tensor]] = _scratch.__dict__.setdefault("buffers", {})
     if device not in held:
-        held[device] = torch.empty(2, CHUNK, dtype=torch.float64, device=device)
+        held[device] = tuple(torch.empty(2, CHUNK, dtype=torch.float64, device=device))
     return held[device]
 
 

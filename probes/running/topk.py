@@ -75,8 +75,11 @@ class TopK:
 
 def _candidates(x: Tensor, threshold: float, k: int) -> Tensor:
     """Positions of everything that could be among the k largest of x with the threshold, ties included."""
-    rows = ((x >= threshold) & (x < torch.inf)).nonzero().flatten()
-    if len(rows) > 4 * k:  # a first, empty or small heap: cut by the k-th largest of these
+    rows = (x >= threshold).nonzero().flatten()
+    found = x[rows]
+    if len(rows) and not bool(found.amax() < torch.inf):
+        rows = rows[found < torch.inf]
         found = x[rows]
+    if len(rows) > 4 * k:  # a first, empty or small heap: cut by the k-th largest of these
         rows = rows[found >= found.topk(k).values[-1]]
     return rows

@@ -1,4 +1,3 @@
-# ruff: noqa: N815 - capitals name dimensions
 """A text as consecutive blocks of token ids, [N, T]: the input of profiles and of perplexity.
 
 The text is tokenized whole, without special tokens, and cut into blocks of `sequence_length`; what remains at the end

@@ -1,4 +1,3 @@
-# ruff: noqa: N802, N815 - capitals name dimensions
 """HellaSwag, zero-shot: which of four endings does the model find most likely?
 
     acc        the right ending has the highest log-likelihood

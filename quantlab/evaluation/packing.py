@@ -1,4 +1,3 @@
-# ruff: noqa: N815 - capitals name dimensions
 """Packed rows: every context once, its continuations as branches beside each other, several questions in one row.
 
     ids        context context | one one   | two | context context context | …

@@ -1,4 +1,3 @@
-# ruff: noqa: N815 - capitals name dimensions
 """Perplexity of a text: exp of the mean nats per token, over consecutive blocks without a BOS token.
 
 The first token of a block is only read: a block of T tokens scores T - 1. Blocks are the sampling units of the
