@@ -1,7 +1,9 @@
 """How the weights of a checkpoint are stored, and so what its "16 bits" are. No torch.
 
-A checkpoint that was quantized once stays on that grid when it is loaded in floats: its baseline is labelled
-"dequantized Q4_1", and a scheme on the same grid (`source_scheme`) changes nothing and is evidence of nothing.
+A checkpoint that was quantized once keeps that rounding when it is loaded in floats: its baseline is labelled
+"dequantized Q4_1", and `source_scheme` is the scheme of the same bits and groups. That scheme is evidence of nothing:
+what it changes comes of rounding a second time onto much the same grid, which says nothing about a checkpoint that was
+never quantized.
 """
 
 from collections import Counter
@@ -16,7 +18,11 @@ from quantlab.models.gguf_header import GgufTensor
 from quantlab.models.safetensors_header import StoredTensor
 
 GGUF_SCHEMES = {"Q4_0": "w4g32", "Q4_1": "w4g32z", "Q5_0": "w5g32", "Q5_1": "w5g32z", "Q8_0": "w8g32"}
-"""ggml type -> the scheme whose grid it is."""
+"""ggml type -> the scheme of the same bits and groups.
+
+The grids are not the same. Only Q8_0's is its scheme's, but for the rounding of its scale to float16; Q4_0 and Q5_0
+put the largest magnitude at -8 and -16, and Q4_1 and Q5_1 hold a real minimum where a scheme has an integer zero-point.
+"""
 
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

