@@ -28,6 +28,11 @@ SIZES: dict[str, tuple[tuple[str, ...], int]] = {
 }
 """Size -> (its names in config.json, the largest that is believed)."""
 
+MAY_BE_ZERO = ("num_experts",)
+"""Sizes that a dense model of a family with experts sets to 0."""
+MAY_DIFFER = ("intermediate_size",)
+"""Sizes that a config may give layer by layer, in a list."""
+
 _REFUSED = {
     "transformers_weights": "names a weight file of its own",
     "fusion_config": "asks for modules to be replaced",
@@ -105,13 +110,19 @@ def check_config(config: Mapping[str, Any], path: Path, *, trust_remote_code: bo
 
 
 def sizes_of(config: Mapping[str, Any], path: Path) -> dict[str, int]:
-    """The sizes that a config states, under the names of SIZES; a composite model's are its text model's."""
+    """The sizes that a config states, under the names of SIZES; a composite model's are its text model's.
+
+    A size that differs between layers is checked and left out.
+    """
     text = config.get("text_config")
     merged = {**config, **text} if isinstance(text, dict) else config
     sizes: dict[str, int] = {}
     for size, (names, _) in SIZES.items():
         name = next((name for name in names if merged.get(name) is not None), None)
         if name is None:
+            continue
+        if isinstance(merged[name], list) and size in MAY_DIFFER:
+            _check_list(size, name, merged[name], path)
             continue
         if type(merged[name]) is not int:
             raise CheckpointError(f"{name} must be a whole number: {path} has {merged[name]!r}.")
@@ -125,9 +136,7 @@ def sizes_of(config: Mapping[str, Any], path: Path) -> dict[str, int]:
 def check_sizes(sizes: Mapping[str, int], path: Path) -> None:
     """Sizes are positive, believable, and heads divide what they split."""
     for size, value in sizes.items():
-        largest = SIZES[size][1]
-        if not 0 < value <= largest:
-            raise CheckpointError(f"{size} must be 1 to {largest}: {path} has {value}.")
+        _check_size(size, value, path)
     heads, hidden = sizes.get("num_attention_heads"), sizes.get("hidden_size")
     if heads and hidden and "head_dim" not in sizes and hidden % heads:
         raise CheckpointError(
@@ -139,3 +148,18 @@ def check_sizes(sizes: Mapping[str, int], path: Path) -> None:
         raise CheckpointError(
             f"num_key_value_heads must divide num_attention_heads: {path} has {kv_heads} and {heads}."
         )
+
+
+def _check_size(size: str, value: int, path: Path) -> None:
+    smallest, largest = int(size not in MAY_BE_ZERO), SIZES[size][1]
+    if not smallest <= value <= largest:
+        raise CheckpointError(f"{size} must be {smallest} to {largest}: {path} has {value}.")
+
+
+def _check_list(size: str, name: str, values: list[Any], path: Path) -> None:
+    if not values or not all(type(value) is int for value in values):
+        raise CheckpointError(
+            f"{name} must be a whole number, or a list of one for each layer: {path} has {values!r}."
+        )
+    for value in values:
+        _check_size(size, value, path)

@@ -4,7 +4,7 @@ An architecture that is not listed is loaded and scored all the same, one sequen
 only where a test holds packed scores against unpacked ones.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -22,22 +22,33 @@ class Family:
     """A config without `head_dim` means hidden_size / num_attention_heads; elsewhere it means the class's default."""
     transposed_linears: bool = False
     """Linears are stored [in_features, out_features] (GPT-2's Conv1D)."""
+    base_prefix: str = ""
+    """Name of the base model within the causal one. A checkpoint of the base model lacks it: the hub's GPT-2 stores
+    `h.0.attn.c_attn`, which is `transformer.h.0.attn.c_attn` once loaded. Empty: stored names are kept."""
 
 
-_LLAMA = Family(packable=True, llama_shapes=True, head_dim_from_hidden=True)
+_LLAMA = Family(packable=True, llama_shapes=True, head_dim_from_hidden=True, base_prefix="model")
+_LAYER_TYPES = replace(_LLAMA, masks="by_layer_type")
+_SET_HEAD_DIM = replace(_LAYER_TYPES, head_dim_from_hidden=False)
+_TRANSFORMER = Family(base_prefix="transformer")
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "diffllama": _LLAMA,
-    "qwen2": Family(packable=True, masks="by_layer_type", llama_shapes=True, head_dim_from_hidden=True),
-    "qwen3": Family(packable=True, masks="by_layer_type", llama_shapes=True),
-    "gemma2": Family(packable=True, masks="by_layer_type", llama_shapes=True),
-    "gemma3_text": Family(packable=True, masks="by_layer_type", llama_shapes=True),
-    "phi3": Family(packable=True),
-    "gpt_neox": Family(packable=True),
-    "gpt2": Family(packable=True, transposed_linears=True),
-    "opt": Family(packable=True),
+    "qwen2": _LAYER_TYPES,
+    "qwen3": _SET_HEAD_DIM,
+    "gemma2": _SET_HEAD_DIM,
+    "gemma3_text": _SET_HEAD_DIM,
+    "phi3": Family(packable=True, base_prefix="model"),
+    "gpt_neox": Family(packable=True, base_prefix="gpt_neox"),
+    "gpt2": replace(_TRANSFORMER, packable=True, transposed_linears=True),
+    "opt": Family(packable=True, base_prefix="model"),
+    "gptj": _TRANSFORMER,
+    "gpt_neo": _TRANSFORMER,
+    "bloom": _TRANSFORMER,
+    "mpt": _TRANSFORMER,
+    "falcon": _TRANSFORMER,
 }
 """`model_type` of a config.json -> Family."""
 

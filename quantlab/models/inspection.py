@@ -54,11 +54,11 @@ class CheckpointInfo:
     source_precision: str
     """`bfloat16`, or `dequantized Q4_1` for a checkpoint whose floats are another grid's."""
     source_scheme: str | None
-    """The scheme on whose grid the weights already are."""
+    """The scheme whose bits and groups the weights already have; see `precision`."""
     linears: Mapping[str, tuple[int, int]]
-    """Module name of every linear in the decoder layers -> (out_features, in_features)."""
+    """Name in the loaded model of every linear in its decoder layers -> (out_features, in_features)."""
     vocab_size: int
-    """Rows of the input embedding."""
+    """Rows of the input embedding; 0 where neither names nor config tell them, until it is loaded."""
     files: tuple[Path, ...]
     """Weight files."""
 
@@ -146,7 +146,7 @@ def _info(
         num_parameters=sum(prod(shape) for _, shape in tensors.values()),
         source_precision=source[0],
         source_scheme=source[1],
-        linears=linears_of(tensors, family),
+        linears=linears_of(tensors, sizes, family),
         vocab_size=vocab_size,
         files=files,
     )

@@ -7,7 +7,7 @@ or drop it with a warning.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ def load_checkpoint(config: CheckpointConfig, info: CheckpointInfo | None = None
         tokenizer = _load_tokenizer(info, config.trust_remote_code)
         model = model.to(device).eval().requires_grad_(False)
         _check_finite(model, info.path)
+        if (rows := model.get_input_embeddings().weight.shape[0]) != info.vocab_size:
+            info = replace(info, vocab_size=rows)
     return Checkpoint(model, tokenizer, info, family_of(info.model_type))
 
 

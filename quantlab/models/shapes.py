@@ -1,18 +1,21 @@
 """What a config predicts of the tensors' shapes, held against the headers; and which tensors are linears. No torch.
 
 Checked here is what every config tells (number of layers, embedding rows and width) and, for families shaped like
-Llama, every projection. The rest is left to the model class, which reports what does not fit while it loads.
+Llama, every projection. The rest is left to the model class, which reports what does not fit while it loads: layers
+and embeddings of names unknown here, and layers past the last, some of which it knows and leaves out.
 """
 
 import re
 from collections.abc import Mapping
+from math import inf
 from pathlib import Path
 
 from quantlab.errors import CheckpointError
 from quantlab.models.families import Family
 
-EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embed")
-"""Last part of the name of an input embedding."""
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embed", "embeddings",
+              "tokens_embed", "w")  # fmt: skip
+"""Last part of the name of an input embedding; `w` is CTRL's."""
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)\.")
 
@@ -24,12 +27,14 @@ Tensors = Mapping[str, tuple[str, Shape]]
 def check_shapes(tensors: Tensors, sizes: Sizes, family: Family, path: Path) -> int:
     """Hold the tensors' shapes against the config; returns the rows of the input embedding.
 
+    Where it goes by a name that is not known here they are the config's vocab_size, or 0 where it has none.
+
     Raises:
-        CheckpointError: a tensor that disagrees, or none where the config asks for one.
+        CheckpointError: a tensor that disagrees, or a layer that is missing.
     """
     _check_layers(tensors, sizes, path)
     predicted = _predicted(sizes, family)
-    rows = 0
+    rows = sizes.get("vocab_size", 0)
     for name, (_, shape) in tensors.items():
         module, _, leaf = name.rpartition(".")
         last = module.rpartition(".")[2]
@@ -38,32 +43,34 @@ def check_shapes(tensors: Tensors, sizes: Sizes, family: Family, path: Path) -> 
             _check_embedding(name, shape, sizes, path)
         elif leaf == "weight" and last in predicted and _LAYER.search(name) and shape != predicted[last]:
             raise _disagrees(name, shape, predicted[last], path)
-    if not rows:
-        raise CheckpointError(f"checkpoint must hold an input embedding: {path} has none among its tensors.")
     return rows
 
 
-def linears_of(tensors: Tensors, family: Family) -> dict[str, tuple[int, int]]:
-    """Module name -> (out_features, in_features) of every matrix in the decoder layers."""
+def linears_of(tensors: Tensors, sizes: Sizes, family: Family) -> dict[str, tuple[int, int]]:
+    """Module name in the loaded model -> (out_features, in_features) of every matrix in its decoder layers."""
+    prefix = f"{family.base_prefix}." if family.base_prefix else ""
+    num_layers = sizes.get("num_hidden_layers", inf)
     linears = {}
     for name, (_, shape) in tensors.items():
-        if name.endswith(".weight") and len(shape) == 2 and _LAYER.search(name):
+        layer = _LAYER.search(name)
+        if not name.endswith(".weight") or len(shape) != 2 or layer is None:
+            continue
+        # Stored past the last layer are those that predict further tokens, which the model does not have.
+        if int(layer[1]) < num_layers:
             rows, columns = shape[::-1] if family.transposed_linears else shape
-            linears[name.removesuffix(".weight")] = (rows, columns)
+            linears[prefix + name.removeprefix(prefix).removesuffix(".weight")] = (rows, columns)
     return linears
 
 
 def _check_layers(tensors: Tensors, sizes: Sizes, path: Path) -> None:
-    """The layers are numbered 0 to num_hidden_layers - 1."""
+    """Every layer from 0 to num_hidden_layers - 1 is there, where layers go by a name that is known here."""
     found = {int(match[1]) for name in tensors if (match := _LAYER.search(name))}
-    expected = sizes.get("num_hidden_layers")
-    if expected is None or found == set(range(expected)):
-        return
-    missing = sorted(set(range(expected)) - found) if expected <= len(tensors) else []
-    fault = f"layer {missing[0]} is missing" if missing else f"there are {len(found)} layers"
-    raise CheckpointError(
-        f"tensors must agree with the config: {path} has num_hidden_layers {expected}, but {fault}."
-    )
+    missing = set(range(sizes.get("num_hidden_layers", 0))) - found
+    if found and missing:
+        raise CheckpointError(
+            f"tensors must agree with the config: {path} has num_hidden_layers {sizes['num_hidden_layers']}, but "
+            f"layer {min(missing)} is missing."
+        )
 
 
 def _check_embedding(name: str, shape: Shape, sizes: Sizes, path: Path) -> None:

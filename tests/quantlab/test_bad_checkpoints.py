@@ -188,6 +188,23 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     "hidden -8": (configured(hidden_size=-8), "hidden_size must be 1 to 1000000: .* has -8"),
     "positions 1e12": (configured(max_position_embeddings=10**12), "max_position_embeddings must be 1 to"),
     "heads 0": (configured(num_attention_heads=0), "num_attention_heads must be 1 to 100000: .* has 0"),
+    "experts -1": (configured(num_experts=-1), "num_experts must be 0 to 100000: .* has -1"),
+    "inner sizes 1e12": (
+        configured(intermediate_size=[96, 10**12]),
+        "intermediate_size must be 1 to 10000000: .* has 1000000000000",
+    ),
+    "inner sizes as text": (
+        configured(intermediate_size=[96, "96"]),
+        r"intermediate_size must be a whole number, or a list of one for each layer: .* has \[96, '96'\]",
+    ),
+    "no inner sizes": (
+        configured(intermediate_size=[]),
+        r"intermediate_size must be a whole number, .* has \[\]",
+    ),
+    "a list of layers": (
+        configured(num_hidden_layers=[2]),
+        r"num_hidden_layers must be a whole number: .* has \[2\]",
+    ),
     "heads do not divide": (
         configured(num_attention_heads=5, head_dim=None, num_key_value_heads=None),
         "num_attention_heads must divide hidden_size .* 5 heads for hidden_size 64",
@@ -261,8 +278,6 @@ SHAPES: dict[str, tuple[Damage, str]] = {
     "mlp": (configured(intermediate_size=100), r"of shape \[64, 96\], the config asks for \[64, 100\]"),
     "one matrix": (replaced(UP, torch.zeros(64, 96)), rf"holds '{UP}' of shape \[64, 96\]"),
     "more layers": (configured(num_hidden_layers=3), "has num_hidden_layers 3, but layer 2 is missing"),
-    "fewer layers": (configured(num_hidden_layers=1), "has num_hidden_layers 1, but there are 2 layers"),
-    "no embedding": (replaced("model.embed_tokens.weight", None), "must hold an input embedding"),
     "integers": (
         reweighted(lambda tensors: tensors.update({name: t.to(torch.int8) for name, t in tensors.items()})),
         "weights must be floats of 16 bits or more, .* is I8",
@@ -427,6 +442,16 @@ LOADED: dict[str, tuple[Damage, dict[str, Any], str]] = {
         poked(NORM, float("-inf")),
         {},
         f"holds 1 NaN or Inf among the 64 values of '{NORM}', loaded as float32",
+    ),
+    "fewer layers": (
+        configured(num_hidden_layers=1),
+        {},
+        "weights that its model has no place for: .* has 'model.layers.1.input_layernorm.weight' \\(and 8 more",
+    ),
+    "no embedding": (
+        replaced("model.embed_tokens.weight", None),
+        {},
+        "lacks weights of its model: .* has no 'model.embed_tokens.weight'",
     ),
     "too large for float16": (poked(UP, 1e30), {"dtype": "float16"}, f"of '{UP}', loaded as float16"),
     "a norm is missing": (replaced(NORM, None), {}, f"lacks weights of its model: .* has no '{NORM}'"),

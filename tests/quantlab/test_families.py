@@ -35,5 +35,10 @@ def test_transposed_linears_are_those_of_conv1d() -> None:
         assert family.transposed_linears == ("Conv1D" in kinds), name
 
 
+def test_base_prefixes_are_those_of_the_models() -> None:
+    for name, family in FAMILIES.items():
+        assert family.base_prefix == toys.toy_model(name).base_model_prefix, name
+
+
 def test_every_gguf_architecture_is_a_family() -> None:
     assert {architecture.model_type for architecture in GGUF_ARCHITECTURES.values()} <= FAMILIES.keys()

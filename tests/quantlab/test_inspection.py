@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from quantlab.config import CheckpointConfig
 from quantlab.errors import CheckpointError
@@ -65,6 +66,22 @@ def test_linears_and_parameters_are_those_of_the_model(tmp_path: Path, family: s
     assert info.vocab_size == NUM_TOKENS
 
 
+@pytest.mark.parametrize(
+    ("family", "prefix"), [("gpt2", "transformer."), ("opt", "model."), ("bloom", "transformer.")]
+)
+def test_linears_have_the_models_names_where_the_stored_ones_lack_its_prefix(
+    tmp_path: Path, family: str, prefix: str
+) -> None:
+    folder = save_checkpoint(family, tmp_path / family)
+    named = inspected(folder).linears
+    tensors = load_file(folder / "model.safetensors")
+    bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    assert bare.keys() != tensors.keys()
+    save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
+    assert inspected(folder).linears == named
+    assert all(name.startswith(prefix) for name in named)
+
+
 def test_inspection_imports_nothing_heavy_and_takes_under_two_seconds(toy_folder: Path) -> None:
     command = [sys.executable, "-c", INSPECT, str(toy_folder), "/no/such", "package://no_such/x.gguf"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -107,7 +124,7 @@ def test_no_damaged_config_escapes_as_another_error(toy_folder: Path, tmp_path: 
     copy = Path(shutil.copytree(toy_folder, tmp_path / "copy"))
     config = json.loads((copy / "config.json").read_text())
     generator = np.random.default_rng(0)
-    values = [None, True, -1, 0, 3, 2**70, 1.5, "x", [], [[]], {}, {"a": [1]}]
+    values: list[Any] = [None, True, -1, 0, 3, 2**70, 1.5, "x", [], [[]], {}, {"a": [1]}]
     keys = [*config, "quantization_config", "text_config", "auto_map", "rope_scaling"]
     for _ in range(600):
         key = keys[generator.integers(len(keys))]
@@ -117,6 +134,14 @@ def test_no_damaged_config_escapes_as_another_error(toy_folder: Path, tmp_path: 
             inspected(copy)
         except CheckpointError as error:
             assert "\n" not in str(error)
+
+
+def test_experts_may_be_none_and_an_inner_size_may_differ_by_layer(toy_folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(toy_folder, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    varied = {"num_local_experts": 0, "intermediate_size": [96, 96]}
+    (copy / "config.json").write_text(json.dumps(config | varied))
+    assert inspected(copy).linears == inspected(toy_folder).linears
 
 
 def hub(monkeypatch: pytest.MonkeyPatch, answer: Any) -> list[dict[str, Any]]:

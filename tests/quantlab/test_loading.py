@@ -10,14 +10,35 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from quantlab.config import CheckpointConfig
 from quantlab.errors import CheckpointError, ConfigError
 from quantlab.models.inspection import inspect_checkpoint
 from quantlab.models.loading import Checkpoint, load_checkpoint, resolve_device, resolve_dtype
-from tests.toys import FAMILIES, save_checkpoint, toy_model, toy_tokenizer
+from tests.toys import FAMILIES, NUM_TOKENS, save_checkpoint, toy_model, toy_tokenizer
+
+_SMALL = {"vocab_size": NUM_TOKENS, "bos_token_id": 0, "eos_token_id": 0}
+_SMALL_GPT = _SMALL | {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+_SMALL_HF = _SMALL | {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+}
+
+UNLISTED: dict[str, dict[str, Any]] = {
+    "mamba": _SMALL_HF | {"state_size": 4},
+    "rwkv": _SMALL_HF | {"attention_hidden_size": 64},
+    "openai-gpt": _SMALL_GPT,
+    "ctrl": _SMALL_GPT | {"dff": 96},
+    "xlm": _SMALL | {"emb_dim": 64, "n_layers": 2, "n_heads": 4},
+    "xlnet": _SMALL | {"d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 96},
+    "granitemoehybrid": _SMALL_HF
+    | {"num_local_experts": 0, "layer_types": ["attention"] * 2, "shared_intermediate_size": 96},
+}
+"""Architectures that quantlab has no data of, which name or shape things in their own ways."""
 
 
 def loaded(path: Path, **options: Any) -> Checkpoint:
@@ -32,6 +53,60 @@ def test_the_model_is_the_one_that_was_saved(tmp_path: Path, family: str) -> Non
     ours, theirs = checkpoint.model.state_dict(), model.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def saved(folder: Path, model_type: str, **sizes: Any) -> PreTrainedModel:
+    """Write a toy checkpoint of any architecture; returns its model."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
+    model.save_pretrained(folder)
+    toy_tokenizer().save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("model_type", UNLISTED)
+def test_an_architecture_that_is_not_listed_is_loaded(tmp_path: Path, model_type: str) -> None:
+    model = saved(tmp_path, model_type, **UNLISTED[model_type])
+    checkpoint = loaded(tmp_path)
+    assert type(checkpoint.model) is type(model)
+    ours, theirs = checkpoint.model.state_dict(), model.state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert checkpoint.info.vocab_size == model.get_input_embeddings().weight.shape[0]
+
+
+def test_a_vocabulary_that_no_name_tells_is_the_loaded_embeddings(tmp_path: Path) -> None:
+    saved(tmp_path, "xlnet", **UNLISTED["xlnet"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    # XLNet's older spelling: inspection finds the size neither here nor among the tensors.
+    config["n_token"] = config.pop("vocab_size")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert inspect_checkpoint(CheckpointConfig(path=str(tmp_path))).vocab_size == 0
+    assert loaded(tmp_path).info.vocab_size == NUM_TOKENS
+
+
+def test_a_layer_for_predicting_further_tokens_is_left_out(tmp_path: Path) -> None:
+    """DeepSeek-V3 is stored with such a layer, number 61 after its 61; transformers knows and drops it."""
+    sizes = _SMALL_HF | {
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 2,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
+    }
+    model = saved(tmp_path, "deepseek_v3", **sizes)
+    plain = inspect_checkpoint(CheckpointConfig(path=str(tmp_path)))
+    tensors = load_file(tmp_path / "model.safetensors")
+    extra = {"embed_tokens": (NUM_TOKENS, 64), "eh_proj": (64, 128), "mlp.up_proj": (33, 65)}
+    tensors |= {f"model.layers.61.{name}.weight": torch.ones(shape) for name, shape in extra.items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = loaded(tmp_path)
+    assert checkpoint.info.linears == plain.linears
+    ours = checkpoint.model.state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_the_model_is_ready_to_be_evaluated(toy_folder: Path) -> None:
