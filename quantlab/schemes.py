@@ -85,8 +85,10 @@ _FORMATS_TO_COME = (
     *("q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "q5_0", "q5_1", "q4_0", "q4_1"),
     *("nf4", "fp4", "mxfp4", "mxfp6", "mxfp8", "nvfp4", "fp8"),
 )
-_PART = re.compile(r"(kv|[waqkvlp])(\d+)((?:g\d+|[tcrhzs])*)")
-_MODIFIER = re.compile(r"g\d+|[tcrhzs]")
+# No number of a scheme needs more digits; int() refuses thousands of them.
+_GROUP = "g[0-9]{1,6}"
+_PART = re.compile(rf"(kv|[waqkvlp])([0-9]{{1,3}})((?:{_GROUP}|[tcrhzs])*)")
+_MODIFIER = re.compile(rf"{_GROUP}|[tcrhzs]")
 
 
 @dataclass(frozen=True)
@@ -281,7 +283,7 @@ def _read_words(
     """Method and transforms among segments that are no parts; a loose `g128` goes to the weights."""
     method, transforms = "rtn", []
     for word in loose:
-        if re.fullmatch(r"g\d+", word):
+        if re.fullmatch(_GROUP, word):
             _attach_group(word, parts, text)
         elif word in _METHODS_TO_COME:
             method = word
@@ -311,6 +313,11 @@ def _build_spec(letter: str, bits: int, modifiers: Sequence[str], text: str) -> 
     if len(grains) > 1 or len(set(modifiers)) < len(modifiers):
         raise SchemeError(f"{letter}{bits} in {text!r} takes one granularity: found {''.join(modifiers)!r}.")
     if bits == 16:
+        if modifiers:
+            raise SchemeError(
+                f"{letter}16 in {text!r} stays untouched, so it takes no granularity, zero point or static scale: "
+                f"leave out {''.join(modifiers)!r}, or ask for 2 to 8 bits."
+            )
         return None
     if not 2 <= bits <= 8:
         raise SchemeError(f"bits must be 2 to 8, or 16 for untouched: {text!r} asks for {letter}{bits}.")
@@ -322,8 +329,13 @@ def _build_spec(letter: str, bits: int, modifiers: Sequence[str], text: str) -> 
 def _unknown(word: str, text: str) -> SchemeError:
     whole = word == text
     known = (*SCHEMES, *_FORMATS_TO_COME) if whole else ("rtn", *_METHODS_TO_COME, *_TRANSFORMS_TO_COME)
-    found = f"unknown scheme {text!r}" if whole else f"unknown {word!r} in scheme {text!r}"
+    found = f"unknown scheme {_cut(text)!r}" if whole else f"unknown {_cut(word)!r} in scheme {_cut(text)!r}"
     grammar = (
         "a name is made of w, a, l, p with bits and granularity, as in w4g64a8l6t (`quantlab list schemes`)"
     )
     return SchemeError(f"{found}: {grammar}.{nearest(word.lower(), known)}")
+
+
+def _cut(text: str) -> str:
+    """The text as a message shows it."""
+    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -109,6 +109,13 @@ def test_other_spellings(text: str, name: str) -> None:
         ("q6_k", "format 'q6_k' is not available"),
         ("NF4", "format 'nf4' is not available"),
         ("l6t-nf4", "format 'nf4' is not available"),
+        ("w" + "9" * 5000, "unknown scheme 'w9{39}\\.\\.\\.'"),
+        ("w4g" + "1" * 5000, "unknown scheme"),
+        ("w4-g" + "1" * 5000, "unknown 'g1{39}\\.\\.\\.' in scheme"),
+        ("w16g64", "w16 in 'w16g64' stays untouched.*leave out 'g64'"),
+        ("w16zs", "w16 in 'w16zs' stays untouched.*leave out 'zs'"),
+        ("w4a16g32", "a16 in 'w4a16g32' stays untouched"),
+        ("w16-g64", "must follow the part it belongs to"),
     ],
 )
 def test_refused_in_one_sentence(text: str, message: str) -> None:
