@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from quantlab.errors import SchemeError
 from quantlab.export.shards import Layout, Part, TensorType
 from quantlab.methods.rtn import quantize_weight
+from quantlab.numerics.packing import pack
 from quantlab.schemes import Scheme, TensorSpec
 
 __all__ = ["layout", "pack_rows"]
@@ -73,18 +74,13 @@ def layout(model: nn.Module, scheme: Scheme, swapped: Sequence[str], dtype: torc
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """Unsigned codes [O, I], uint8 below 2^bits, as rows of bits: int32 [O, ceil(I * bits / 32)].
 
-    Eight codes are exactly `bits` bytes, so eight at a time are joined in one 64-bit word, whose low bytes are kept.
+    32 codes are exactly `bits` words: padded to that, all rows are one stream, and every row begins with a word.
     """
-    assert sys.byteorder == "little", "words are viewed as little-endian bytes"
+    assert sys.byteorder == "little", "bytes are viewed as little-endian words"
     rows, width = codes.shape
-    eights = nn.functional.pad(codes, (0, -width % 8)).unflatten(-1, (-1, 8))
-    words = torch.zeros(eights.shape[:-1], dtype=torch.int64)
-    for position in range(8):
-        words |= eights[..., position].to(torch.int64) << (position * bits)
-    stream = words.view(torch.uint8).unflatten(-1, (-1, 8))[..., :bits].flatten(-2)
-    num_bytes = 4 * ceil(width * bits / 32)
-    stream = nn.functional.pad(stream, (0, max(0, num_bytes - stream.shape[1])))[:, :num_bytes]
-    return stream.contiguous().view(torch.int32).reshape(rows, -1)
+    stream = pack(nn.functional.pad(codes, (0, -width % 32)), bits)
+    words = stream.view(torch.int32).view(rows, ceil(width / 32) * bits)
+    return words[:, : ceil(width * bits / 32)].contiguous()
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

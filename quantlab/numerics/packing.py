@@ -26,18 +26,22 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Codes are within [-2^(bits-1), 2^bits - 1]: signed, or around a zero point.
     """
     assert 2 <= bits <= 8, f"bits must be 2 to 8, found {bits}"
-    flat = codes.flatten().to(torch.int64)
+    flat = codes.flatten()
     if flat.numel():
-        low, high = flat.aminmax()
+        low, high = (int(end) for end in flat.aminmax())
         assert -(2 ** (bits - 1)) <= low and high < 2**bits, (
             f"codes must fit {bits} bits, found {low}..{high}"
         )
-    words = torch.nn.functional.pad(flat, (0, -flat.numel() % _IN_A_WORD)) & (2**bits - 1)
-    # Eight codes in one word of 64 bits: at 8 bits the top code reaches the sign bit, which is a bit like any other.
-    words = (words.view(-1, _IN_A_WORD) << _shifts(bits, _IN_A_WORD, codes)).sum(-1)
-    stream = (words.unsqueeze(-1) >> _shifts(8, bits, codes)) & 0xFF
-    packed: Tensor = stream.to(torch.uint8).flatten()[: packed_bytes(flat.numel(), bits)]
-    return packed
+    eights = torch.nn.functional.pad(flat, (0, -flat.numel() % _IN_A_WORD)).view(-1, _IN_A_WORD)
+    words = torch.zeros(len(eights), dtype=torch.int64, device=codes.device)
+    stream = torch.empty(len(eights), bits, dtype=torch.uint8, device=codes.device)
+    # One code of every word at a time: widened all at once, codes would take sixteen times their memory.
+    for i in range(_IN_A_WORD):
+        # At 8 bits the top code reaches the sign bit, which is a bit like any other.
+        words |= (eights[:, i].to(torch.int64) & (2**bits - 1)) << (i * bits)
+    for i in range(bits):
+        stream[:, i] = (words >> (8 * i)) & 0xFF
+    return stream.flatten()[: packed_bytes(flat.numel(), bits)]
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...], dtype: torch.dtype = torch.int8) -> Tensor:
