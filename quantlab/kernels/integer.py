@@ -89,7 +89,7 @@ def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None, inputs: TensorSpe
     out.mul_(scale.expand(rows).reshape(-1, 1))
     if bias is not None:
         out.add_(bias)
-    return out.reshape(*x.shape[:-1], -1).to(x.dtype)
+    return out.reshape(*x.shape[:-1], out.shape[-1]).to(x.dtype)
 
 
 def int8_mm(codes_MK: Tensor, codes_NK: Tensor, out: Tensor | None = None) -> Tensor:

@@ -50,4 +50,4 @@ def group_view(x: Tensor, spec: TensorSpec) -> Tensor:
         raise SchemeError(
             f"group_size must divide the last dimension: found {x.shape[-1]}, group_size={spec.group_size}."
         )
-    return x.reshape(*x.shape[:-1], -1, spec.group_size)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // spec.group_size, spec.group_size)

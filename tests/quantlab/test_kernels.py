@@ -174,6 +174,19 @@ def test_the_real_matrix_comes_back(name: str) -> None:
     assert torch.equal(integer.Int8Weight(weight).dequantize(), weight.dequantize())
 
 
+@pytest.mark.parametrize("name", ["w8a8", "w8za8z", "w8a8t", "w4g128a8", "w8a8g32"])
+def test_no_rows_in_no_rows_out(name: str) -> None:
+    """An expert that no token is sent to gets inputs without rows."""
+    x, weight, bias, spec = setup(name)
+    shapes = [(0, 5, 256)] if name == "w8a8t" else [(0, 256), (0, 5, 256), (2, 0, 256)]
+    for shape in shapes:
+        out = reference.linear(x.new_empty(shape), weight.dequantize(), bias, spec)
+        assert out.shape == (*shape[:-1], 40)
+        if spec.group_size is None:
+            out = integer.linear(x.new_empty(shape), integer.Int8Weight(weight), bias, spec)
+            assert out.shape == (*shape[:-1], 40) and out.dtype == x.dtype
+
+
 @pytest.mark.parametrize("name", ["w8a8", "w4g128a8z"])
 def test_what_is_not_finite_is_never_hidden(name: str) -> None:
     x, weight, _, spec = setup(name)
