@@ -1,4 +1,8 @@
-"""Changes: what a scheme did to every weight matrix and site of a model, and what the result weighs. No torch."""
+"""Changes: what a scheme did to every weight matrix and site of a model, and what the result weighs. No torch.
+
+Sizes are those on disk, codes packed densely. Scales count with the bits of the dtype that they are rounded to;
+whatever is not quantized counts with 16 bits a value, also in a model that is computed, or stored, in 32.
+"""
 
 import re
 from collections import Counter
@@ -27,7 +31,7 @@ class Change:
     kernel: str = ""
     """How it is computed: a name of `quantlab.kernels`."""
     storage_bits: int = 0
-    """Bits of the whole matrix on disk, packed densely, with its scales (16 bits) and zero points (`bits`)."""
+    """Bits of the whole matrix on disk, with its scales and zero points (`bits` each)."""
     in_decoder: bool = True
     """Whether it belongs to a decoder layer; only such weights enter the shares."""
 

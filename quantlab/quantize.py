@@ -203,7 +203,7 @@ def _swap_linear(model: nn.Module, target: Target, how: _How, undo: _Undo | None
         quantized = None
         if scheme.weights is not None:
             quantized = rtn.quantize_weight(weight_of(linear), scheme.weights, scale_dtype=how.scale_dtype)
-            storage_bits = 0 if target.tied_to else quantized.storage_bits()
+            storage_bits = 0 if target.tied_to else quantized.storage_bits(8 * how.scale_dtype.itemsize)
         swapped = QuantLinear(linear, quantized, scheme.activations, how.kernel, target.name)
         _replace(model, linear, swapped.train(linear.training), undo)
     bits = 16 if scheme.weights is None else scheme.weights.bits

@@ -25,7 +25,8 @@ def quantize_weight(
         codes [O, I] and scale [O, G], [O, 1] or [1, 1].
 
     Error bound: |w - dequantize| <= scale / 2, and with scale_dtype of unit roundoff u at most
-    u * qmax * scale more (float16: u = 2^-11), where the scale was rounded down and the largest weight saturates.
+    u * qmax * scale more (float16: u = 2^-11), where the scale was rounded down and the largest weight saturates;
+    where the scale is subnormal in that dtype, qmax times half its smallest number more (float16: 2^-25).
 
     Raises:
         SchemeError: group_size does not divide I, or a scale overflows `scale_dtype`.

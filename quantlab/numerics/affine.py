@@ -34,8 +34,8 @@ class QuantizedTensor:
         zero_point = None if self.zero_point is None else self.zero_point.unsqueeze(-1)
         return dequantize(groups, self.scale.unsqueeze(-1), zero_point).flatten(-2)
 
-    def storage_bits(self, scale_bits: int = 16) -> int:
-        """Bits of the codes, scales and zero points when they are packed densely."""
+    def storage_bits(self, scale_bits: int) -> int:
+        """Bits of the codes, scales (`scale_bits` each) and zero points when they are packed densely."""
         zero_point_bits = 0 if self.zero_point is None else self.qtype.bits
         return self.codes.numel() * self.qtype.bits + self.scale.numel() * (scale_bits + zero_point_bits)
 
@@ -47,8 +47,8 @@ def choose_qparams(
 
     Symmetric: scale = max(|x_min|, |x_max|) / (2^(bits-1) - 1), no zero point. Asymmetric: the interval is widened
     to hold 0.0, so that zero stays exact; scale = (x_max - x_min) / qmax, zero_point = round(-x_min / scale).
-    The scale is rounded to `scale_dtype` before anything is derived from it. A scale of 0 (a tensor of zeros, or
-    of values too small for the dtype) becomes 1.
+    The scale is rounded to `scale_dtype` before anything is derived from it. One that would round to 0 becomes the
+    smallest number of the dtype above 0; that of an interval which is 0 itself becomes 1.
 
     Args:
         x_min, x_max: range of each group, any one shape, in the units of the tensor.
@@ -58,7 +58,8 @@ def choose_qparams(
         scale, float32 and positive; zero_point, int32 and within the grid, or None. Shapes of x_min.
 
     Error bound: |x - dequantize(quantize(x))| <= scale / 2 for x in the interval, when scale_dtype is float32;
-    a scale rounded to u relative adds at most u * qmax steps where it was rounded down.
+    a scale rounded to u relative adds at most u * qmax steps where it was rounded down. A subnormal scale (float16:
+    below 2^-14) is rounded by up to half the smallest number (2^-25), which adds at most qmax times that.
 
     Raises:
         SchemeError: the scale of a finite interval overflows `scale_dtype`.
@@ -72,7 +73,9 @@ def choose_qparams(
     scale = exact.to(scale_dtype).float()
     if scale_dtype != torch.float32 and bool((scale.isinf() & exact.isfinite()).any()):
         raise SchemeError(f"scales must fit {scale_dtype}: found {exact.max():.3g}. Use a wider scale dtype.")
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    limits = torch.finfo(scale_dtype)
+    instead = torch.where(spread == 0, 1.0, limits.smallest_normal * limits.eps)
+    scale = torch.where(scale == 0, instead, scale)
     if qtype.symmetric:
         return scale, None
     return scale, torch.round(-x_min.float() / scale).clamp(qtype.qmin, qtype.qmax).to(torch.int32)

@@ -1,7 +1,8 @@
 """Ranges: which interval of real values a grid should cover.
 
 Every function takes x and the dimensions that one scale spans, and returns (x_min, x_max), float32, with those
-dimensions kept at length 1. Values outside a range saturate when they are quantized.
+dimensions kept at length 1. Values outside a range saturate when they are quantized. Schemes take `absmax` and
+`min_max`; `percentile` and `mse_clip`, which clip, are for callers of the library.
 """
 
 import math

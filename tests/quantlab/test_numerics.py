@@ -133,12 +133,30 @@ def test_a_scale_that_its_dtype_cannot_hold_is_refused() -> None:
         quantize_weight(torch.full((2, 4), 1.27e7), weights("w8"), scale_dtype=torch.float16)
 
 
+@pytest.mark.parametrize("name", ["w4", "w4z", "w8g8", "w3g8z", "w2t"])
+@pytest.mark.parametrize("size", [1e-4, 1e-6, 1e-8, 1e-11])
+def test_scales_too_small_for_their_dtype_lose_no_weight_by_more_than_their_rounding(
+    name: str, size: float
+) -> None:
+    """float16 numbers below 2^-14 lie 2^-24 apart, so a scale there may be half of that too small; none becomes 0."""
+    spec, w = weights(name), randn(6, 32) * size
+    quantized = quantize_weight(w, spec, scale_dtype=torch.float16)
+    scale = quantized.scale.expand(6, 32 // (spec.group_size or 32)).repeat_interleave(
+        spec.group_size or 32, 1
+    )
+    assert (scale <= 2**-24 + w.abs().max()).all(), "a scale of 1 stands for zeros only"
+    rounded = torch.maximum(scale * 2**-11, torch.tensor(2.0**-25))
+    bound = half_step(w, scale, spec.bits) + rounded * 2**spec.bits
+    error = (quantized.dequantize() - w).abs()
+    assert (error <= bound).all(), f"worst excess {(error - bound).max():.3e}"
+
+
 def test_storage_counts_scales_and_zero_points() -> None:
     w = randn(8, 64)
-    assert quantize_weight(w, weights("w4")).storage_bits() == 8 * 64 * 4 + 8 * 16
-    assert quantize_weight(w, weights("w4g32")).storage_bits() == 8 * 64 * 4 + 16 * 16
-    assert quantize_weight(w, weights("w4g32z")).storage_bits() == 8 * 64 * 4 + 16 * (16 + 4)
-    assert quantize_weight(w, weights("w3t")).storage_bits() == 8 * 64 * 3 + 16
+    assert quantize_weight(w, weights("w4")).storage_bits(16) == 8 * 64 * 4 + 8 * 16
+    assert quantize_weight(w, weights("w4g32")).storage_bits(32) == 8 * 64 * 4 + 16 * 32
+    assert quantize_weight(w, weights("w4g32z")).storage_bits(16) == 8 * 64 * 4 + 16 * (16 + 4)
+    assert quantize_weight(w, weights("w3t")).storage_bits(16) == 8 * 64 * 3 + 16
 
 
 INPUTS = {"a8": (3, 5, 1), "a8t": (3, 1, 1), "a8c": (3, 1, 8), "a8g4": (3, 5, 2, 1)}
@@ -179,6 +197,7 @@ def test_a_group_that_does_not_divide_is_refused() -> None:
     with pytest.raises(SchemeError, match=r"must divide the last dimension: found 30, group_size=8"):
         group_view(randn(2, 30), weights("w4g8"))
     assert group_view(randn(2, 32), weights("w4g8")).shape == (2, 4, 8)
+    assert group_view(randn(0, 32), weights("w4g8")).shape == (0, 4, 8)
     assert spanned_dims("weight", weights("w4g8")) == (-1,)
 
 
