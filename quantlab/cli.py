@@ -6,15 +6,16 @@ object with --json), log and progress on stderr. Exit codes: 0 done, 1 a bug of 
 """
 
 import json
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from quantlab.errors import ConfigError, UserError
+from quantlab.errors import ConfigError, OutputError, UserError
 
 app = typer.Typer(
     name="quantlab",
@@ -93,9 +94,9 @@ def profile(
         out,
         set_,
     )
-    record = _execute(config)[0]
+    record = _execute(config, only=("profile", "w16"))[0]
     path = config.folder / "records" / f"{record.key}.json"
-    _show(json_, record.result | {"record": str(path)}, tables.profile_table(record.result, path))
+    _show(json_, record.result | {"record": str(path)}, lambda: tables.profile_table(record, path))
 
 
 @app.command()
@@ -146,10 +147,10 @@ def evaluate(
         out,
         set_,
     )
-    record = _execute(config, only=name)[0]
+    record = _execute(config, only=("evaluation", name))[0]
     path = config.folder / "records" / f"{record.key}.json"
     result = {"scheme": name} | record.result | {"record": str(path)}
-    _show(json_, result, tables.score_table([record], path))
+    _show(json_, result, lambda: tables.score_table(record, path))
 
 
 @app.command()
@@ -170,21 +171,26 @@ def sweep(
     json_: Json = False,
 ) -> None:
     """Every scheme of a grid, scored on every checkpoint, and a report."""
-    from quantlab.config import read_yaml
+    from quantlab.config import merged, read_yaml, run_name
 
-    options: dict[str, Any] = {
-        "evaluation": _given(batch_size=_count(batch_size))
-        | _nested("hellaswag", _given(limit=limit, seed=seed))
-        | _nested("perplexity", _given(seed=seed)),
-        "sweep": _given(workers=workers),
-    } | _given(schemes=schemes and schemes.split(","))
     tree = read_yaml(config_file) if config_file else {}
+    places = {"hellaswag": _given(limit=limit, seed=seed), "perplexity": _given(seed=seed)}
+    options: dict[str, Any] = {
+        "evaluation": _sections(_given(batch_size=_count(batch_size)) | places),
+        "profile": _sections({"text": _given(seed=seed)}),
+        "sweep": _given(workers=workers),
+    }
+    # A section that the file sets to null stays left out.
+    given = {name: value for name, value in _sections(options).items() if tree.get(name, value) is not None}
+    shared = _shared_fields(tree.pop("checkpoints", None))
+    grid = run_name(str(tree.pop("name", "sweep")))
     config = _config(
-        [_checkpoint(model, device, dtype, revision, trust_remote_code) for model in models],
-        _merged(tree, options),
+        [shared | _checkpoint(model, device, dtype, revision, trust_remote_code) for model in models],
+        merged(tree, given | _given(schemes=schemes and schemes.split(","))),
         out,
         set_,
         where=str(config_file or "options"),
+        name=f"{grid}-{run_name(models[0])}",
     )
     _finish(config, json_)
 
@@ -193,15 +199,19 @@ def sweep(
 def run(
     config_file: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A whole run as one file.")],
     workers: Workers = None,
+    device: Device = None,
+    dtype: Dtype = None,
     out: Out = None,
     set_: Set = None,
     json_: Json = False,
 ) -> None:
     """A whole run as one file: profile, sweep, export and report."""
-    from quantlab.config import build_config, read_yaml
+    from quantlab.config import build_config, merged, read_yaml
 
-    options = _given(out=out) | _nested("sweep", _given(workers=workers))
-    _finish(build_config(_merged(read_yaml(config_file), options), set_ or (), where=str(config_file)), json_)
+    options = _given(out=out) | _sections({"sweep": _given(workers=workers)})
+    places = [f"checkpoints.{name}={value}" for name, value in _given(device=device, dtype=dtype).items()]
+    tree = merged(read_yaml(config_file), options)
+    _finish(build_config(tree, [*places, *(set_ or ())], where=str(config_file)), json_)
 
 
 @app.command()
@@ -229,21 +239,20 @@ def quantize(
     """Low-bit weights in a folder that other engines load."""
     from quantlab import tables
 
-    runs = sorted(Path("runs").glob("*/")) if records is None else records
-    options = _given(format=format_, overwrite=overwrite, max_shard_size=max_shard_size)
+    options = _given(format=format_, overwrite=overwrite, max_shard_size=max_shard_size, records=records)
     config = _config(
         [_checkpoint(model, device, dtype, revision, trust_remote_code)],
         {
             "profile": None,
             "evaluation": None,
             "quantize": _given(skip=skip),
-            "export": {"scheme": scheme, "out": out, "records": runs} | options,
+            "export": {"scheme": scheme, "out": out} | options,
         },
         None,
         set_,
     )
     summary = _export(config)
-    _show(json_, summary, tables.export_table(summary))
+    _show(json_, summary, lambda: tables.export_table(summary))
 
 
 @app.command()
@@ -251,8 +260,10 @@ def report(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run.")], json_: Json = False
 ) -> None:
     """(Re)build the report of a run from its records."""
-    page = _build_report(run_dir)
-    _show(json_, {"report": str(page)}, str(page))
+    from quantlab import tables
+
+    page = str(_build_report(run_dir))
+    _show(json_, {"report": page}, lambda: tables.listing("report", {"report:": page}))
 
 
 @app.command("list")
@@ -261,7 +272,7 @@ def list_(topic: Annotated[Topic, typer.Argument(help="What to list.")], json_: 
     from quantlab import tables
 
     lines = _lines_of(topic)
-    _show(json_, lines, tables.listing(topic.value, lines))
+    _show(json_, lines, lambda: tables.listing(topic.value, lines))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -285,7 +296,8 @@ def _exit_code(arguments: list[str]) -> int:
 
 
 def _complain(message: object, code: int) -> int:
-    sys.stderr.write(f"quantlab: {message}\n")
+    notes = "".join(f" ({note})" for note in getattr(message, "__notes__", ()))
+    sys.stderr.write(f"quantlab: {message}{notes}\n")
     return code
 
 
@@ -300,19 +312,15 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _nested(section: str, options: dict[str, Any]) -> dict[str, Any]:
-    return {section: options} if options else {}
+def _sections(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options without the sections in which nothing was given."""
+    return {name: value for name, value in options.items() if value != {}}
 
 
-def _merged(tree: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options over a tree, section by section."""
-    merged = dict(tree)
-    for key, value in options.items():
-        below = merged.get(key)
-        merged[key] = (
-            _merged(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
-        )
-    return merged
+def _shared_fields(checkpoints: Any) -> dict[str, Any]:
+    """What the checkpoints of a grid's file say besides their path: dtype and device for the models that are swept."""
+    first = checkpoints[0] if isinstance(checkpoints, list) and checkpoints else {}
+    return {name: value for name, value in first.items() if name in ("dtype", "device")} if first else {}
 
 
 def _count(text: str | None) -> int | str | None:
@@ -333,19 +341,15 @@ def _config(
     out: Path | None,
     overrides: list[str] | None,
     where: str = "options",
+    name: str | None = None,
 ) -> Any:
     from quantlab.config import build_config, run_name
 
-    named = (
-        {"name": run_name(checkpoints[0]["path"])}
-        | dict(tree)
-        | {"checkpoints": checkpoints}
-        | _given(out=out)
-    )
-    return build_config(named, overrides or (), where=where)
+    named = {"name": name or run_name(checkpoints[0]["path"]), "checkpoints": checkpoints} | _given(out=out)
+    return build_config(dict(tree) | named, overrides or (), where=where)
 
 
-def _execute(config: Any, only: str | None = None) -> list[Any]:
+def _execute(config: Any, only: tuple[str, str] | None = None) -> list[Any]:
     from quantlab import pipeline
     from quantlab.progress import RunProgress
 
@@ -362,7 +366,7 @@ def _finish(config: Any, json_: bool) -> None:
     if config.export is not None:
         result["export"] = _export(config)
     result["report"] = str(_build_report(config.folder))
-    _show(json_, result, tables.run_table(records, result))
+    _show(json_, result, lambda: tables.run_table(records, result))
 
 
 def _export(config: Any) -> dict[str, Any]:
@@ -397,11 +401,21 @@ def _lines_of(topic: Topic) -> dict[str, str]:
     return STATISTICS
 
 
-def _show(as_json: bool, result: Any, table: Any) -> None:
+def _show(as_json: bool, result: Any, table: Callable[[], Any]) -> None:
     """The result on stdout, as one JSON object or as a table for people."""
-    if as_json:
-        sys.stdout.write(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-        return
-    from rich.console import Console
+    try:
+        if as_json:
+            sys.stdout.write(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        else:
+            from rich.console import Console
 
-    Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160).print(table)
+            wide = None if sys.stdout.isatty() else 160
+            Console(soft_wrap=wide is not None, width=wide, highlight=False).print(table())
+        sys.stdout.flush()
+    except OSError as error:
+        # The interpreter flushes stdout once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise OutputError(
+                f"stdout must be writable: {error.strerror}. What was recorded is kept."
+            ) from error

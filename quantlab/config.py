@@ -96,7 +96,7 @@ class HellaSwagConfig(Section):
 class EvaluationConfig(Section):
     """What is scored."""
 
-    tasks: tuple[Literal["hellaswag", "perplexity"], ...] = ("hellaswag", "perplexity")
+    tasks: tuple[Literal["hellaswag", "perplexity"], ...] = Field(("hellaswag", "perplexity"), min_length=1)
     """Tasks, each scored once per checkpoint and scheme."""
     hellaswag: HellaSwagConfig = HellaSwagConfig()
     """HellaSwag's documents."""
@@ -107,6 +107,11 @@ class EvaluationConfig(Section):
     activations or attention maps take one at a time whatever is asked."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Beginning-of-sequence token before each HellaSwag context: as the tokenizer does by itself, or forced."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _each_once(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(set(values)))
 
     @field_validator("batch_size")
     @classmethod
@@ -136,8 +141,8 @@ class ExportConfig(Section):
     """Folder to write; none means `export/SCHEME-FORMAT` in the run's folder, which each run replaces."""
     overwrite: bool = False
     """Replace the folder `out` if it exists, once the new one is complete."""
-    records: tuple[Path, ...] = ()
-    """Folders of runs whose matching scores go on the model card, besides this run's own."""
+    records: tuple[Path, ...] | None = None
+    """Folders of runs whose matching scores go on the model card; none means this run's and every one under `runs/`."""
     max_shard_size: int = Field(5_000_000_000, ge=1)
     """Bytes of a weight file at most, unless one tensor is larger."""
 
@@ -190,8 +195,9 @@ class RunConfig(Section):
         return self.out or Path("runs") / self.name
 
     def recorded(self) -> dict[str, Any]:
-        """The configuration as records hold it: without where results go and who computes them."""
-        return self.model_dump(mode="json", exclude={"name", "out", "sweep"})
+        """The configuration as records hold it: without where results go, who computes them and how many at a time."""
+        elsewhere = {"name": True, "out": True, "sweep": True, "export": True}
+        return self.model_dump(mode="json", exclude=elsewhere | {"evaluation": {"batch_size"}})
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -230,6 +236,18 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: 
 def run_name(path: str) -> str:
     """A run's name from a checkpoint's path: the letters, digits and ._- of its last part."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(path).name).strip("-._") or "run"
+
+
+def merged(tree: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options over a tree, section by section; an empty section of options changes nothing."""
+    result = dict(tree)
+    for key, value in options.items():
+        if not isinstance(value, Mapping):
+            result[key] = value
+        elif value:
+            below = result.get(key)
+            result[key] = merged(below if isinstance(below, Mapping) else {}, value)
+    return result
 
 
 def _copy(tree: Any) -> Any:

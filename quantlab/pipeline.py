@@ -7,26 +7,28 @@ that has no record yet goes to the sweep's workers and leaves one. `profile_cell
 does: functions of a checkpoint, a configuration and a scheme. torch is imported only after the checks.
 """
 
+import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from importlib.metadata import version
+from contextlib import suppress
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from time import perf_counter, process_time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from quantlab.config import CheckpointConfig, EvaluationConfig, ProfileConfig, RunConfig
+from quantlab.config import CheckpointConfig, ProfileConfig, RunConfig
 from quantlab.data.hellaswag import load_hellaswag, select
 from quantlab.data.text import check_text, text_blocks
-from quantlab.errors import RecordError
+from quantlab.errors import ConfigError, RecordError, SchemeError, nearest
 from quantlab.export.atomic import check_destination
 from quantlab.export.formats import find_format
-from quantlab.models.inspection import CheckpointInfo, content_hash, inspect_checkpoint
+from quantlab.models.inspection import CheckpointInfo, inspect_checkpoint
 from quantlab.models.precision import stored_precision
-from quantlab.records import Record, check_writable, read_records, read_run, record_key, source_hash
+from quantlab.records import Record, check_writable, read_record, read_records
 from quantlab.schemes import Scheme, check_shapes
 from quantlab.sweep.executors import Advance, Event, run_cells
-from quantlab.sweep.plan import Cell, document_tokens, plan
+from quantlab.sweep.jobs import Job, jobs_of
+from quantlab.sweep.plan import Cell, plan
 from quantlab.sweep.store import RunStore
 
 if TYPE_CHECKING:
@@ -37,50 +39,52 @@ if TYPE_CHECKING:
 Items = dict[str, dict[str, "NDArray[Any]"]]
 """Columns of per-item results of each task."""
 
-OnStart = Callable[[Sequence[Cell]], Callable[[Event], None]]
+Watch = Callable[[Sequence[Cell]], Callable[[Event], None]]
 """Told which cells will be computed; returns the listener to what happens to them."""
 
 
-def run(config: RunConfig, watching: OnStart, only: str | None = None) -> list[Record]:
+def run(config: RunConfig, watch: Watch, only: tuple[str, str] | None = None) -> list[Record]:
     """Compute every cell of a run that has no record yet; returns all its records, in the order of the plan.
 
     Args:
-        watching: told what will be computed, for progress.
-        only: a scheme; then the other schemes of the configuration are left out, and records of other
-            configurations in the same folder stay part of the run.
+        watch: told what will be computed, for progress.
+        only: (kind, scheme) of the one cell that is wanted of each checkpoint. It joins the run that is in the folder.
 
     Raises:
         UserError: a fault of checkpoint, scheme, data or place, found before anything is computed where possible.
     """
-    infos, data = check(config)
+    if not any(_wanted(cell, only) for cell in plan(config)):
+        raise ConfigError("a run must have something to compute: the configuration leaves it out.")
+    infos, data, num_documents = check(config)
     check_writable(config.folder)
-    jobs = [
-        job
-        for job in _jobs(config, infos, data)
-        if job.cell.kind == "profile" or only in (None, job.cell.scheme)
-    ]
+    jobs = [job for job in jobs_of(config, infos, data, num_documents) if _wanted(job.cell, only)]
     store = RunStore(config.folder)
-    store.open(config.model_dump(mode="json"), [*_others(config.folder, only), *(job.key for job in jobs)])
-    missing = [job for job in jobs if not store.has(job.key)]
-    listener = watching([job.cell for job in missing])
+    keys = list(dict.fromkeys(job.key for job in jobs))
+    store.open(config.model_dump(mode="json"), keys, joining=only is not None)
+    missing = list({job.key: job for job in jobs if not store.has(job.key)}.values())
+    listener = watch([job.cell for job in missing])
     run_cells(missing, run_job, workers=config.sweep.workers, threads=config.sweep.threads, on_event=listener)
-    records = {record.key: record for record in read_records(config.folder)}
-    return [records[job.key] for job in jobs]
+    return [read_record(store.path(key)) for key in keys]
 
 
-def check(config: RunConfig) -> tuple[list[CheckpointInfo], dict[str, str]]:
-    """Everything that can be told without torch: checkpoints, schemes against shapes, data files, format.
+def check(config: RunConfig) -> tuple[list[CheckpointInfo], dict[str, str], int | None]:
+    """Everything that can be told without torch: checkpoints, schemes against shapes, data files, export.
 
     Returns:
-        What each checkpoint is, and the SHA-256 of the data of each task.
+        What each checkpoint is, the SHA-256 of the data of each task, and the number of HellaSwag documents selected.
     """
     infos = [inspect_checkpoint(checkpoint) for checkpoint in config.checkpoints]
+    exported = [config.export.scheme] if config.export else []
     for info in infos:
-        for name in config.schemes:
+        _check_skip(config.quantize.skip, info)
+        for name in (*config.schemes, *exported):
             check_shapes(Scheme.parse(name), info.linears, config.quantize.skip)
     if config.export is not None:
         find_format(config.export.format).check(Scheme.parse(config.export.scheme))
-    return infos, _data(config.profile, config.evaluation)
+        check_destination(
+            export_folder(config), overwrite=config.export.overwrite or config.export.out is None
+        )
+    return infos, *_check_data(config)
 
 
 def profile_cell(
@@ -89,15 +93,15 @@ def profile_cell(
     """Outliers of a checkpoint over a text: the record's result and its histograms."""
     from probes.profile import profile
 
-    blocks = text_blocks(config.text, checkpoint.tokenizer, num_embeddings=_num_embeddings(checkpoint))
-    length = config.text.sequence_length
+    rows = checkpoint.model.get_input_embeddings().weight.shape[0]
+    blocks = text_blocks(config.text, checkpoint.tokenizer, num_embeddings=rows)
     outliers = profile(
         checkpoint.model,
         blocks.ids_NT,
         top_k=config.top_k,
         statistics=config.statistics,
         decode=checkpoint.tokenizer.decode,
-        advance=lambda count: advance(count * length),
+        advance=lambda count: advance(count * config.text.sequence_length),
     )
     text = {"source": blocks.source, "sha256": blocks.sha256, "num_tokens": int(blocks.ids_NT.size)}
     return outliers.summary() | {"text": text}, {"profile": outliers.items()}
@@ -109,75 +113,64 @@ def evaluate_cell(
     """Scores of a checkpoint under a scheme: the record's result and the per-item scores of each task."""
     import torch
 
+    from quantlab.evaluation.tasks import TASKS
     from quantlab.quantize import quantized
 
     assert config.evaluation is not None
     model, quantize = checkpoint.model, config.quantize
     loaded = str(model.dtype).removeprefix("torch.")
     scale_dtype = getattr(torch, stored_precision(loaded, checkpoint.info.source_precision))
-    scores: dict[str, Any] = {}
     with quantized(
         model, scheme, skip=quantize.skip, kernel=quantize.kernel, scale_dtype=scale_dtype
     ) as changes:
-        for task in config.evaluation.tasks:
-            scores[task] = _TASKS[task](checkpoint, scheme, config.evaluation, advance)
+        scores = {
+            task: TASKS[task](checkpoint, scheme, config.evaluation, advance)
+            for task in config.evaluation.tasks
+        }
     result = {"quantization": changes.summary()} | {task: score.summary() for task, score in scores.items()}
-    if "hellaswag" in result:
-        result["hellaswag"]["sharing_because"] = _sharing(checkpoint, scheme)[1]
     return result, {task: score.items() for task, score in scores.items()}
 
 
 def export(config: RunConfig, advance: Advance) -> dict[str, Any]:
     """Write the first checkpoint's low-bit weights; the card's scores come from matching records only."""
-    assert config.export is not None
-    wanted, scheme = config.export, Scheme.parse(config.export.scheme)
-    out = wanted.out or config.folder / "export" / f"{scheme.name}-{wanted.format}"
-    overwrite = wanted.overwrite or wanted.out is None
-    check_destination(out, overwrite=overwrite)
+    if config.export is None:
+        raise ConfigError("an export needs the section 'export', which the configuration sets to null.")
     check(config)
+    records = _records_for_card(config)
     from quantlab.export.folder import export_checkpoint
     from quantlab.models.loading import load_checkpoint
 
     summary = export_checkpoint(
         load_checkpoint(config.checkpoints[0]),
-        scheme,
-        wanted.format,
-        out,
+        Scheme.parse(config.export.scheme),
+        config.export.format,
+        export_folder(config),
         skip=config.quantize.skip,
-        records=[record for folder in (config.folder, *wanted.records) for record in _readable(folder)],
-        overwrite=overwrite,
-        max_shard_size=wanted.max_shard_size,
+        records=records,
+        overwrite=config.export.overwrite or config.export.out is None,
+        max_shard_size=config.export.max_shard_size,
         advance=advance,
     )
     return summary.summary()
 
 
-@dataclass(frozen=True)
-class Job:
-    """A cell with all that a worker needs to compute and record it."""
-
-    cell: Cell
-    config: RunConfig
-    made_by: dict[str, Any]
-    """What the record's key is the hash of."""
-
-    @property
-    def key(self) -> str:
-        """The record's key, known before it is computed."""
-        return record_key(self.cell.kind, self.made_by)
+def export_folder(config: RunConfig) -> Path:
+    """Where the export goes: what is asked for, or a folder of the run's own."""
+    assert config.export is not None
+    own = config.folder / "export" / f"{config.export.scheme}-{config.export.format}"
+    return config.export.out or own
 
 
 def run_job(job: Job, advance: Advance) -> None:
     """Compute one cell and leave its record, unless another process has done so meanwhile."""
+    import torch
+
+    torch.set_num_threads(job.config.sweep.threads)
     store = RunStore(job.config.folder)
     with store.claim(job.key) as missing:
         if not missing:
             return
-        content, source = (
-            job.made_by["checkpoint"]["content_hash"],
-            job.config.checkpoints[job.cell.checkpoint],
-        )
-        checkpoint = _loaded(content, source, job.config.sweep.threads)
+        checkpoint = _loaded(job.made_by["checkpoint"]["content_hash"], job.checkpoint)
         wall, cpu = perf_counter(), process_time()
         if job.cell.kind == "profile":
             assert job.config.profile is not None
@@ -185,164 +178,71 @@ def run_job(job: Job, advance: Advance) -> None:
         else:
             result, items = evaluate_cell(checkpoint, Scheme.parse(job.cell.scheme), job.config, advance)
         record = Record.of(job.cell.kind, job.made_by, job.config.recorded(), result)
-        store.put(record, items, _sidecar(perf_counter() - wall, process_time() - cpu))
+        spent = {"wall_s": round(perf_counter() - wall, 3), "cpu_s": round(process_time() - cpu, 3)}
+        store.put(record, items, _circumstances(torch.get_num_threads()) | spent)
 
 
-@lru_cache(maxsize=1)
-def _loaded(content: str, config: CheckpointConfig, threads: int) -> "Checkpoint":
-    """The checkpoint of this content that this process works on; the next one replaces it."""
-    import torch
+_IN_MEMORY: "dict[tuple[str, CheckpointConfig], Checkpoint]" = {}
+"""The one checkpoint that this process works on."""
 
+
+def _loaded(content: str, config: CheckpointConfig) -> "Checkpoint":
+    """The checkpoint of this content; the one before it leaves memory first."""
     from quantlab.models.loading import load_checkpoint
 
-    torch.set_num_threads(threads)
-    return load_checkpoint(config)
+    if (content, config) not in _IN_MEMORY:
+        _IN_MEMORY.clear()
+        _IN_MEMORY[content, config] = load_checkpoint(config)
+    return _IN_MEMORY[content, config]
 
 
-def _hellaswag(checkpoint: "Checkpoint", scheme: Scheme, config: EvaluationConfig, advance: Advance) -> Any:
-    from quantlab.evaluation.hellaswag import evaluate_hellaswag
-
-    return evaluate_hellaswag(
-        checkpoint.model,
-        checkpoint.tokenizer,
-        config.hellaswag,
-        share_context=_sharing(checkpoint, scheme)[0],
-        batch_size=_batch_size(scheme, config),
-        bos=config.bos,
-        advance=lambda count: advance(count * document_tokens(scheme)),
-    )
+def _wanted(cell: Cell, only: tuple[str, str] | None) -> bool:
+    return only is None or (cell.kind, cell.scheme) == only
 
 
-def _perplexity(checkpoint: "Checkpoint", scheme: Scheme, config: EvaluationConfig, advance: Advance) -> Any:
-    from quantlab.evaluation.perplexity import evaluate_perplexity
-
-    blocks = text_blocks(config.perplexity, checkpoint.tokenizer, num_embeddings=_num_embeddings(checkpoint))
-    return evaluate_perplexity(
-        checkpoint.model,
-        blocks,
-        batch_size=_batch_size(scheme, config),
-        advance=lambda count: advance(count * config.perplexity.sequence_length),
-    )
+def _check_skip(skip: Sequence[str], info: CheckpointInfo) -> None:
+    """Refuse patterns that match no matrix of the checkpoint."""
+    names = [*info.linears, *(name.removesuffix(".weight") for name in info.tensors)]
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            short = sorted({"*." + name.rpartition(".")[2] for name in info.linears})
+            hint = nearest(pattern, [*short, *names]) or f" There are {', '.join(short)}."
+            raise SchemeError(f"a skip pattern must match a weight matrix: {pattern!r} matches none.{hint}")
 
 
-def _sharing(checkpoint: "Checkpoint", scheme: Scheme) -> tuple[bool, str]:
-    """Whether the four endings of a document share its context in one row, and why."""
-    if scheme.spans_sequence:
-        return False, f"a scale of {scheme.name} spans the tokens of a sequence"
-    model_type = checkpoint.model.config.model_type
-    if not checkpoint.family.packable:
-        return False, f"the family {model_type} is not declared packable"
-    return True, f"the family {model_type} is declared packable"
-
-
-def _batch_size(scheme: Scheme, config: EvaluationConfig) -> int | Literal["auto"]:
-    """Documents in one forward pass: what is asked for, but one by one where a scheme rounds while it runs.
-
-    Products of other shapes round their last bit otherwise. Of float weights that moves a score by 1e-5 nats; a scheme
-    that rounds activations makes whole steps of it, and its scores would depend on their neighbours.
-    """
-    return 1 if scheme.rounds_values else config.batch_size
-
-
-_TASKS = {"hellaswag": _hellaswag, "perplexity": _perplexity}
-
-
-def _jobs(config: RunConfig, infos: Sequence[CheckpointInfo], data: dict[str, str]) -> list[Job]:
-    """Every cell of the run with what makes its record."""
-    from quantlab.models.loading import resolve_device, resolve_dtype
-
-    sources = []
-    for checkpoint, info in zip(config.checkpoints, infos, strict=True):
-        device = resolve_device(checkpoint.device)
-        dtype = str(resolve_dtype(checkpoint.dtype, device)).removeprefix("torch.")
-        known: dict[str, Any] = {
-            "name": info.name,
-            "content_hash": content_hash(info),
-            "architecture": info.architecture,
-        }
-        known |= {"num_parameters": info.num_parameters, "source_precision": info.source_precision}
-        known |= {"source_scheme": info.source_scheme, "device": device.type, "dtype": dtype}
-        sources.append(known)
-    return [
-        Job(cell, config, _made_by(cell, config, sources[cell.checkpoint], data)) for cell in plan(config)
-    ]
-
-
-def _made_by(cell: Cell, config: RunConfig, source: dict[str, Any], data: dict[str, str]) -> dict[str, Any]:
-    """What a record is the result of. Batch size, workers and the places of files are absent: they change no score."""
-    libraries = {name: version(name) for name in ("torch", "transformers")}
-    made_by: dict[str, Any] = {"checkpoint": source, "code": source_hash(), "libraries": libraries}
-    if cell.kind == "profile":
-        assert config.profile is not None
-        settings = config.profile.model_dump(mode="json", exclude={"text": {"path"}})
-        return made_by | {"profile": settings, "data": {"profile": data["profile"]}}
-    assert config.evaluation is not None
-    tasks = config.evaluation.tasks
-    settings = {
-        task: getattr(config.evaluation, task).model_dump(mode="json", exclude={"path"}) for task in tasks
-    }
-    return made_by | {
-        "scheme": cell.scheme,
-        "quantize": {
-            "skip": sorted(config.quantize.skip),
-            "scale_dtype": stored_precision(source["dtype"], source["source_precision"]),
-        },
-        "kernel": config.quantize.kernel,
-        "evaluation": settings,
-        "bos": config.evaluation.bos,
-        "data": {task: data[task] for task in tasks},
-    }
-
-
-def _data(profile: ProfileConfig | None, evaluation: EvaluationConfig | None) -> dict[str, str]:
-    """Check the files of texts and tasks; their SHA-256 by task."""
+def _check_data(config: RunConfig) -> tuple[dict[str, str], int | None]:
+    """Check the files of texts and tasks; their SHA-256 by task, and the number of documents selected."""
     data: dict[str, str] = {}
-    if profile is not None:
-        data["profile"] = check_text(profile.text)
-    if evaluation is not None and "perplexity" in evaluation.tasks:
-        data["perplexity"] = check_text(evaluation.perplexity)
-    if evaluation is not None and "hellaswag" in evaluation.tasks:
-        dataset = load_hellaswag(evaluation.hellaswag.path)
-        select(dataset.documents, evaluation.hellaswag)
+    num_documents = None
+    if config.profile is not None:
+        data["profile"] = check_text(config.profile.text)
+    if config.evaluation is not None and "perplexity" in config.evaluation.tasks:
+        data["perplexity"] = check_text(config.evaluation.perplexity)
+    if config.evaluation is not None and "hellaswag" in config.evaluation.tasks:
+        dataset = load_hellaswag(config.evaluation.hellaswag.path)
+        num_documents = len(select(dataset.documents, config.evaluation.hellaswag))
         data["hellaswag"] = dataset.sha256
-    return data
+    return data, num_documents
 
 
-def _num_embeddings(checkpoint: "Checkpoint") -> int:
-    rows: int = checkpoint.model.get_input_embeddings().weight.shape[0]
-    return rows
+def _records_for_card(config: RunConfig) -> list[Record]:
+    """Records of the folders that the user names, else of this run and its neighbours, as far as they can be read."""
+    assert config.export is not None
+    if config.export.records is not None:
+        return [record for folder in config.export.records for record in read_records(folder)]
+    found: list[Record] = []
+    for folder in (config.folder, *sorted(Path("runs").glob("*/"))):
+        with suppress(RecordError):
+            found += read_records(folder)
+    return found
 
 
-def _others(folder: Path, only: str | None) -> list[str]:
-    """Keys that the run at the folder already plans and that stay planned."""
-    if only is None or not (folder / "run.json").exists():
-        return []
-    try:
-        return list(read_run(folder)["records"] or ())
-    except RecordError:
-        return []
-
-
-def _readable(folder: Path) -> list[Record]:
-    try:
-        return read_records(folder)
-    except RecordError:
-        return []
-
-
-def _sidecar(wall_seconds: float, cpu_seconds: float) -> dict[str, Any]:
+def _circumstances(threads: int) -> dict[str, Any]:
     """What two runs of the same cell do not share."""
-    import platform
-    from datetime import UTC, datetime
-
-    import torch
-
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": platform.node(),
         "machine": platform.machine(),
         "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "wall_s": round(wall_seconds, 3),
-        "cpu_s": round(cpu_seconds, 3),
+        "threads": threads,
     }

@@ -77,7 +77,13 @@ class Record:
 
 
 def record_key(kind: Kind, made_by: Mapping[str, Any]) -> str:
-    """Name of the record of `made_by`, known before it is computed: 64 hexadecimal digits."""
+    """Name of the record of `made_by`, known before it is computed: 64 hexadecimal digits.
+
+    The checkpoint's name is a label for people and not hashed: a copy of a checkpoint has the records of the original.
+    """
+    source = made_by.get("checkpoint")
+    if isinstance(source, Mapping):
+        made_by = {**made_by, "checkpoint": {name: source[name] for name in source if name != "name"}}
     return fingerprint({"schema": SCHEMA, "kind": kind, "made_by": made_by})
 
 

@@ -23,30 +23,36 @@ def listing(title: str, lines: Mapping[str, str]) -> Table:
     return table
 
 
-def profile_table(result: Mapping[str, Any], record: Path) -> Group:
-    """Magnitudes of attention logits and hidden states, the largest of each with its place, and the measures."""
+def profile_table(record: Record, path: Path) -> Group:
+    """Magnitudes of attention logits and hidden states, and the largest of each with its place."""
     table = Table("tensor", "n", *_MAGNITUDES, box=None, pad_edge=False)
     lines: list[Any] = [table]
     for name in ("attention_logits", "hidden_states"):
-        values = result.get(name)
+        values = record.result.get(name)
         if values is None:
             continue
         cells = [_number(values[magnitude]) for magnitude in _MAGNITUDES]
         table.add_row(name.replace("_", " "), f"{values['n']:,}", *cells)
         if values["top"]:
             lines.append(f"largest of {name.replace('_', ' ')}: {escape(_place(values['top'][0]))}")
-    if result.get("unprofiled"):
-        lines.append(escape(str(result["unprofiled"])))
-    return Group(*lines, f"record: {escape(str(record))}")
+    if record.result.get("unprofiled"):
+        lines.append(escape(str(record.result["unprofiled"])))
+    return Group(*lines, *_origin(record, path))
 
 
-def score_table(records: Sequence[Record], where: Path) -> Group:
-    """Scores of each record with n and 95% intervals."""
-    table = Table("scheme", "task", "score", "value", "95% interval", "n", box=None, pad_edge=False)
-    for record in records:
-        for row in _score_rows(record.result):
-            table.add_row(record.made_by["scheme"], *row)
-    return Group(table, f"record: {escape(str(where))}")
+def score_table(record: Record, path: Path) -> Group:
+    """Scores with n, standard errors and 95% intervals; below, what was quantized and how it was read."""
+    table = Table("task", "score", "value", "stderr", "95% interval", "n", box=None, pad_edge=False)
+    for row in _score_rows(record.result):
+        table.add_row(*row)
+    shares = record.result["quantization"]["share_by_bits"]
+    widths = ", ".join(f"{share:.1%} at {bits} bits" for bits, share in shares.items())
+    lines = [
+        f"scheme {record.made_by['scheme']}: decoder weights {widths}; embeddings and lm_head at 16 bits"
+    ]
+    if hellaswag := record.result.get("hellaswag"):
+        lines.append(f"BOS {escape(hellaswag['bos'])}; context shared: {escape(hellaswag['sharing_reason'])}")
+    return Group(table, *lines, *_origin(record, path))
 
 
 def run_table(records: Sequence[Record], result: Mapping[str, Any]) -> Group:
@@ -80,16 +86,29 @@ def _score_rows(result: Mapping[str, Any]) -> list[list[str]]:
     rows: list[list[str]] = []
     if hellaswag := result.get("hellaswag"):
         for score in ("acc", "acc_norm", "margin", "nats_per_token"):
-            rows.append(["hellaswag", score, *_with_interval(hellaswag, score), str(hellaswag["n"])])
+            stderr = _number(hellaswag[f"{score}_stderr"])
+            value, interval = _with_interval(hellaswag, score)
+            rows.append(["hellaswag", score, value, stderr, interval, str(hellaswag["n"])])
     if text := result.get("perplexity"):
         for score in ("nats_per_token", "perplexity"):
-            rows.append(["perplexity", score, *_with_interval(text, score), f"{text['num_tokens']:,} tokens"])
+            stderr = _number(text[f"{score}_stderr"]) if f"{score}_stderr" in text else ""
+            value, interval = _with_interval(text, score)
+            rows.append(["perplexity", score, value, stderr, interval, f"{text['num_tokens']:,} tokens"])
     return rows
 
 
 def _with_interval(values: Mapping[str, Any], score: str) -> tuple[str, str]:
     low, high = values[f"{score}_interval"]
     return _number(values[score]), f"{_number(low)} to {_number(high)}"
+
+
+def _origin(record: Record, path: Path) -> list[str]:
+    """Which weights these are, and where the record is."""
+    source = record.made_by["checkpoint"]
+    weights = (
+        f"{source['name']}: {source['source_precision']} weights in {source['dtype']} on {source['device']}"
+    )
+    return [escape(weights), f"record: {escape(str(path))}"]
 
 
 def _scored(values: Mapping[str, Any] | None, score: str) -> str:

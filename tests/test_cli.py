@@ -109,7 +109,7 @@ def test_batch_size_and_workers_change_no_key(
 ) -> None:
     keys = set()
     for number, options in enumerate(
-        (["--batch-size", "1"], ["--batch-size", "8", "--set", "sweep.workers=1"])
+        (["--batch-size", "1"], ["--batch-size", "8", "--set", "sweep.workers=2"])
     ):
         out = tmp_path / str(number)
         keys.add(
@@ -180,6 +180,15 @@ def _shard_outside(folder: Path) -> list[object]:
     index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": "../outside.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return _evaluate(folder)
+
+
+def _quantize(*options: object) -> Breakage:
+    return lambda folder: ["quantize", folder, "--out", folder.parent / "low", *options]
+
+
+def _existing_export(folder: Path) -> list[object]:
+    (folder.parent / "low").mkdir()
+    return ["quantize", folder, "--scheme", "w8", "--out", folder.parent / "low"]
 
 
 def _configured(**changes: object) -> Breakage:
@@ -254,6 +263,17 @@ EARLY: dict[str, tuple[Breakage, str]] = {
         "row 2 .* must hold a list of 4 endings, found 3",
     ),
     "unwritable": (_unwritable, "must be writable"),
+    "no task": (_with("--set", "evaluation.tasks=[]"), "evaluation.tasks"),
+    "a section too few": (_with("--set", "evaluation=null"), "something to compute"),
+    "skip pattern": (_with("--skip", "*.dwon_proj"), "Did you mean '\\*.down_proj'"),
+    "export's group size": (_quantize("--scheme", "w4g64"), "group_size must divide in_features"),
+    "export's scheme": (_quantize("--scheme", "l8t"), "compressed-tensors cannot hold scheme l8t"),
+    "unknown format": (_quantize("--scheme", "w8", "--format", "gguff"), "unknown format 'gguff'"),
+    "export exists": (_existing_export, "--overwrite"),
+    "records nowhere": (
+        _quantize("--scheme", "w8", "--records", "nowhere"),
+        "nowhere has no folder 'records'",
+    ),
 }
 """Found from headers, configs, paths and names, before torch is imported."""
 
@@ -311,6 +331,33 @@ def test_a_failure_keeps_what_was_recorded(victim: Path, capsys: pytest.CaptureF
     before = record.read_bytes()
     _check_complaint(*_quantlab(capsys, *_nonfinite(victim)), "up_proj")
     assert record.read_bytes() == before
+
+
+@pytest.mark.parametrize("arguments", [["list", "schemes"], ["list", "schemes", "--json"]])
+def test_a_full_output_is_one_sentence(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "quantlab", *arguments],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert done.returncode == 2 and done.stderr.startswith(b"quantlab: stdout must be writable")
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_grid_file_keeps_its_dtype_and_a_null_section(
+    toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = tmp_path / "grid.yaml"
+    text = "profile: {text: {sequence_length: 16, num_sequences: 1}}"
+    grid.write_text(f"checkpoints: [{{path: x, dtype: bfloat16}}]\nevaluation: null\n{text}\n")
+    result = _json(capsys, "sweep", toy_folder, "--config", grid, "--seed", "3", "--out", tmp_path / "run")
+    (key,) = result["records"]
+    record = json.loads((tmp_path / "run" / "records" / f"{key}.json").read_text())
+    assert record["kind"] == "profile" and record["made_by"]["checkpoint"]["dtype"] == "bfloat16"
+    assert record["made_by"]["profile"]["text"]["seed"] == 3
 
 
 def test_wrong_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,7 @@
 """The main path on a toy model: what a score may not depend on, and what a record says."""
 
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,14 @@ import torch
 
 from quantlab import pipeline
 from quantlab.config import RunConfig, build_config
+from quantlab.errors import ConfigError
+from quantlab.evaluation.tasks import TASKS
 from quantlab.layers.linear import QuantLinear
 from quantlab.models.loading import Checkpoint, load_checkpoint
-from quantlab.records import read_items
+from quantlab.records import read_items, read_records
 from quantlab.schemes import Scheme
+from quantlab.sweep.executors import Event
+from quantlab.sweep.plan import Cell
 from tests.toys import save_checkpoint
 
 EVALUATION = {"hellaswag": {"limit": 9}, "perplexity": {"sequence_length": 40, "num_sequences": 5}}
@@ -20,6 +26,11 @@ EVALUATION = {"hellaswag": {"limit": 9}, "perplexity": {"sequence_length": 40, "
 
 def _config(folder: Path, **evaluation: Any) -> RunConfig:
     return build_config({"checkpoints": [{"path": str(folder)}], "evaluation": EVALUATION | evaluation})
+
+
+def watch_nothing(cells: Sequence[Cell]) -> Callable[[Event], None]:
+    """A run without progress."""
+    return lambda event: None
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +96,7 @@ def test_a_record_says_what_made_it(toy_folder: Path, tmp_path: Path) -> None:
         }
         | {"evaluation": EVALUATION, "quantize": {"skip": ["*.down_proj"]}}
     )
-    baseline, record = pipeline.run(config, lambda cells: lambda event: None)
+    baseline, record = pipeline.run(config, watch_nothing)
     assert (baseline.made_by["scheme"], record.made_by["scheme"]) == ("w16", "w4g32")
     assert record.made_by["quantize"]["skip"] == ["*.down_proj"]
     shares = record.result["quantization"]["share_by_bits"]
@@ -116,9 +127,9 @@ def test_scores_are_of_the_codes_that_are_shipped(tmp_path: Path, monkeypatch: p
         scored.update({name: module.weight.clone() for name, module in _quant_linears(checkpoint)})
         return perplexity(checkpoint, *_)
 
-    perplexity = pipeline._TASKS["perplexity"]
-    monkeypatch.setitem(pipeline._TASKS, "perplexity", remember)
-    _, record = pipeline.run(config, lambda cells: lambda event: None)
+    perplexity = TASKS["perplexity"]
+    monkeypatch.setitem(TASKS, "perplexity", remember)
+    _, record = pipeline.run(config, watch_nothing)
     assert record.made_by["quantize"]["scale_dtype"] == "bfloat16"
     pipeline.export(config, lambda count: None)
     reloaded = load_checkpoint(config.checkpoints[0].model_copy(update={"path": str(shipped)})).model
@@ -132,3 +143,49 @@ def _quant_linears(checkpoint: Checkpoint) -> list[tuple[str, QuantLinear]]:
     return [
         (name, module) for name, module in checkpoint.model.named_modules() if isinstance(module, QuantLinear)
     ]
+
+
+def test_a_copy_under_another_name_has_the_same_records(toy_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(toy_folder, copy)
+    tree = {"evaluation": EVALUATION, "profile": None, "out": str(tmp_path / "run")}
+    (record,) = pipeline.run(build_config(tree | {"checkpoints": [{"path": str(toy_folder)}]}), watch_nothing)
+    again = build_config(tree | {"checkpoints": [{"path": str(copy)}]})
+    (same,) = pipeline.run(
+        again, lambda cells: pytest.fail("computed again") if cells else lambda event: None
+    )
+    assert same == record
+
+
+def test_verbs_share_a_folder_without_losing_each_other(toy_folder: Path, tmp_path: Path) -> None:
+    tree = {"checkpoints": [{"path": str(toy_folder)}], "evaluation": EVALUATION, "out": str(tmp_path)}
+    config = build_config(tree | {"profile": {"text": EVALUATION["perplexity"]}, "schemes": ["w8"]})
+    for _ in range(2):
+        (scores,) = pipeline.run(config, watch_nothing, only=("evaluation", "w8"))
+    (outliers,) = pipeline.run(config, watch_nothing, only=("profile", "w16"))
+    assert [record.key for record in read_records(tmp_path)] == [scores.key, outliers.key]
+
+
+def test_a_damaged_neighbour_spoils_no_other_record(toy_folder: Path, tmp_path: Path) -> None:
+    tree = {"checkpoints": [{"path": str(toy_folder)}], "evaluation": EVALUATION, "profile": None}
+    config = build_config(tree | {"schemes": ["w8"], "out": str(tmp_path)})
+    baseline, neighbour = pipeline.run(config, watch_nothing)
+    with (tmp_path / "records" / f"{neighbour.key}.parquet").open("ab") as file:
+        file.write(b"!")
+    assert pipeline.run(config, watch_nothing, only=("evaluation", "w16")) == [baseline]
+    assert pipeline.run(config, watch_nothing)[1] == neighbour
+
+
+def test_nothing_to_compute_is_an_error(toy_folder: Path, tmp_path: Path) -> None:
+    config = build_config(
+        {
+            "checkpoints": [{"path": str(toy_folder)}],
+            "profile": None,
+            "evaluation": None,
+            "out": str(tmp_path),
+        }
+    )
+    with pytest.raises(ConfigError, match="must have something to compute"):
+        pipeline.run(config, watch_nothing)
+    with pytest.raises(ConfigError, match="needs the section 'export'"):
+        pipeline.export(config, lambda count: None)

@@ -38,6 +38,8 @@ class HellaSwagScores:
     """Tokens of every ending."""
     bos: str
     """The BOS policy and what it came to."""
+    sharing_reason: str
+    """Why contexts are shared or not."""
     sharing: str
     """`context`: read once for four endings; `none`: every context with every ending by itself."""
     dataset_sha256: str
@@ -86,6 +88,7 @@ class HellaSwagScores:
             "num_fewshot": 0,
             "bos": self.bos,
             "sharing": self.sharing,
+            "sharing_reason": self.sharing_reason,
             "source": self.source,
             "dataset_sha256": self.dataset_sha256,
         }
@@ -97,6 +100,7 @@ def evaluate_hellaswag(
     config: HellaSwagConfig,
     *,
     share_context: bool,
+    sharing_reason: str = "asked for",
     batch_size: int | Literal["auto"] = "auto",
     bos: Literal["auto", "always", "never"] = "auto",
     advance: Advance = lambda count: None,
@@ -109,6 +113,7 @@ def evaluate_hellaswag(
         config: file and selection of documents.
         share_context: read each context once for its four endings; the family must be declared packable, and no scale
             of the scheme may span tokens. Otherwise each context with each ending is a sequence of its own.
+        sharing_reason: why, for the record.
         batch_size: documents in one forward pass; changes no score beyond rounding.
         bos: see `evaluation.bos`.
         advance: told how many documents were finished, as they are.
@@ -130,6 +135,7 @@ def evaluate_hellaswag(
         ll.reshape(-1, NUM_ENDINGS),
         tokens_N4,
         policy.description,
+        sharing_reason,
         sharing,
         dataset.sha256,
         dataset.source,

@@ -40,7 +40,7 @@ class Cell:
         return f"{self.checkpoint_name} {self.scheme if self.kind == 'evaluation' else 'profile'}"
 
 
-def plan(config: RunConfig) -> list[Cell]:
+def plan(config: RunConfig, num_documents: int | None = None) -> list[Cell]:
     """Profile, baseline and schemes of each checkpoint in turn, so that a worker keeps the checkpoint it has loaded."""
     cells = []
     for position, checkpoint in enumerate(config.checkpoints):
@@ -50,7 +50,13 @@ def plan(config: RunConfig) -> list[Cell]:
             cells.append(Cell("profile", position, name, "w16", cost))
         if config.evaluation is not None:
             cells += [
-                Cell("evaluation", position, name, scheme, _evaluation_tokens(config.evaluation, scheme))
+                Cell(
+                    "evaluation",
+                    position,
+                    name,
+                    scheme,
+                    _evaluation_tokens(config.evaluation, scheme, num_documents),
+                )
                 for scheme in config.schemes
             ]
     return cells
@@ -65,8 +71,8 @@ def document_tokens(scheme: Scheme) -> int:
     return DOCUMENT_TOKENS_UNSHARED if scheme.spans_sequence else DOCUMENT_TOKENS
 
 
-def _evaluation_tokens(evaluation: EvaluationConfig, scheme: str) -> float:
-    documents = evaluation.hellaswag.limit or NUM_DOCUMENTS
+def _evaluation_tokens(evaluation: EvaluationConfig, scheme: str, num_documents: int | None) -> float:
+    documents = num_documents or evaluation.hellaswag.limit or NUM_DOCUMENTS
     tokens = {
         "hellaswag": float(documents * document_tokens(Scheme.parse(scheme))),
         "perplexity": _text_tokens(evaluation.perplexity),

@@ -24,6 +24,7 @@ from quantlab.records import (
     fingerprint,
     plain,
     read_record,
+    read_run,
     write_record,
     write_sealed,
 )
@@ -38,22 +39,27 @@ class RunStore:
 
     folder: Path
 
-    def open(self, config: Mapping[str, Any], keys: Sequence[str] | None = None) -> None:
+    def open(self, config: Mapping[str, Any], keys: Sequence[str], *, joining: bool = False) -> None:
         """Check that the folder takes results, and write run.json, before anything is computed.
 
         Args:
             config: the resolved configuration.
-            keys: records that this run plans, in order; none means that every record of the folder belongs to it.
+            keys: records that this run plans, in order.
+            joining: keep the configuration and the records of the run that is there, and add these to its plan.
 
         Raises:
             OutputError: the folder cannot be written.
+            RecordError: the run.json that is to be joined is damaged.
         """
         check_writable(self.folder)
         for name in ("records", "sidecars"):
             _make(self.folder / name)
-        body = {"config": plain(config), "config_fingerprint": fingerprint(config)}
+        body = {"config": plain(config), "config_fingerprint": fingerprint(config), "records": list(keys)}
         with self._held("run"):
-            write_sealed(self.folder / "run.json", body | {"records": None if keys is None else list(keys)})
+            if joining and (self.folder / "run.json").exists():
+                there = read_run(self.folder)
+                body = there | {"records": list(dict.fromkeys([*there["records"], *keys]))}
+            write_sealed(self.folder / "run.json", body)
 
     def path(self, key: str) -> Path:
         """Where the record of this key is or will be."""

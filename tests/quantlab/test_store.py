@@ -128,14 +128,17 @@ def test_run_json_holds_config_fingerprint_and_plan(tmp_path):
     assert run["config"] == {"limit": 3, "path": "a/b"}
     assert run["config_fingerprint"] == fingerprint(run["config"])
     assert run["records"] == ["k1", "k0"]
-    store.open({"limit": 4})
-    assert read_run(store.folder)["records"] is None
+    store.open({"limit": 4}, ["k1", "k2"], joining=True)
+    assert read_run(store.folder) == run | {"records": ["k1", "k0", "k2"]}
+    store.open({"limit": 4}, ["k2"])
+    assert read_run(store.folder)["config"] == {"limit": 4}
+    assert read_run(store.folder)["records"] == ["k2"]
 
 
 def test_a_folder_that_takes_no_results_is_refused_before_computing(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="results must be writable"):
-        RunStore(tmp_path / "file" / "run").open({})
+        RunStore(tmp_path / "file" / "run").open({}, [])
 
 
 # ---- kill -9
@@ -264,7 +267,7 @@ def test_a_lock_on_a_removed_file_is_no_claim(tmp_path, monkeypatch):
 
 def test_a_claim_removes_what_a_killed_writer_left(tmp_path):
     store, key = RunStore(tmp_path), "ab" * 32
-    store.open({})
+    store.open({}, [])
     leftovers = [tmp_path / name / f".{key}.json.0123.tmp" for name in ("records", "sidecars")]
     foreign = tmp_path / "records" / f".{'cd' * 32}.json.0123.tmp"
     for path in [*leftovers, foreign]:
@@ -280,7 +283,7 @@ def test_without_locks_the_cell_is_computed_and_nobodys_part_is_removed(tmp_path
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     store, key = RunStore(tmp_path), "ab" * 32
-    store.open({})
+    store.open({}, [])
     part = tmp_path / "records" / f".{key}.json.0123.tmp"
     part.write_bytes(b"half")
     with store.claim(key) as absent:

@@ -1,0 +1,102 @@
+"""A cell with all that a worker needs, and what its record's key is the hash of.
+
+A key covers the checkpoint's content, dtype and kind of device, the scheme, the skipped linears, the kernel, the dtype
+of scales, the data's content and which of it, the BOS policy, the libraries and the sources of quantlab. Batch size,
+workers, names and the places of files are absent: they are not what a score is the result of.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from quantlab.config import CheckpointConfig, RunConfig
+from quantlab.models.inspection import CheckpointInfo, content_hash
+from quantlab.models.precision import stored_precision
+from quantlab.records import record_key, source_hash
+from quantlab.sweep.plan import Cell, plan
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell of a run, ready to be computed."""
+
+    cell: Cell
+    config: RunConfig
+    made_by: dict[str, Any]
+    """What the record's key is the hash of."""
+
+    @property
+    def key(self) -> str:
+        """The record's key, known before it is computed."""
+        return record_key(self.cell.kind, self.made_by)
+
+    @property
+    def checkpoint(self) -> CheckpointConfig:
+        """The checkpoint as it was asked for."""
+        return self.config.checkpoints[self.cell.checkpoint]
+
+
+def jobs_of(
+    config: RunConfig, infos: Sequence[CheckpointInfo], data: Mapping[str, str], num_documents: int | None
+) -> list[Job]:
+    """Every cell of the run, in the order of the plan.
+
+    Args:
+        infos: what each checkpoint is.
+        data: SHA-256 of the data of each task.
+        num_documents: HellaSwag documents that are selected, for the plan's costs.
+    """
+    sources = [_source(checkpoint, info) for checkpoint, info in zip(config.checkpoints, infos, strict=True)]
+    libraries = {name: version(name) for name in ("torch", "transformers")}
+    jobs = []
+    for cell in plan(config, num_documents):
+        source = sources[cell.checkpoint]
+        shared = {"checkpoint": source, "code": source_hash(), "libraries": libraries}
+        settings = _of_profile if cell.kind == "profile" else _of_evaluation
+        jobs.append(Job(cell, config, shared | settings(cell, config, source, data)))
+    return jobs
+
+
+def _source(checkpoint: CheckpointConfig, info: CheckpointInfo) -> dict[str, Any]:
+    from quantlab.models.loading import resolve_device, resolve_dtype
+
+    device = resolve_device(checkpoint.device)
+    return {
+        "name": info.name,
+        "content_hash": content_hash(info),
+        "architecture": info.architecture,
+        "num_parameters": info.num_parameters,
+        "source_precision": info.source_precision,
+        "source_scheme": info.source_scheme,
+        "device": device.type,
+        "dtype": str(resolve_dtype(checkpoint.dtype, device)).removeprefix("torch."),
+    }
+
+
+def _of_profile(
+    cell: Cell, config: RunConfig, source: Mapping[str, Any], data: Mapping[str, str]
+) -> dict[str, Any]:
+    assert config.profile is not None
+    settings = config.profile.model_dump(mode="json", exclude={"text": {"path"}})
+    return {"profile": settings, "data": {"profile": data["profile"]}}
+
+
+def _of_evaluation(
+    cell: Cell, config: RunConfig, source: Mapping[str, Any], data: Mapping[str, str]
+) -> dict[str, Any]:
+    assert config.evaluation is not None
+    tasks = {task: getattr(config.evaluation, task) for task in config.evaluation.tasks}
+    return {
+        "scheme": cell.scheme,
+        "quantize": {
+            "skip": sorted(config.quantize.skip),
+            "scale_dtype": stored_precision(source["dtype"], source["source_precision"]),
+        },
+        "kernel": config.quantize.kernel,
+        "evaluation": {
+            task: settings.model_dump(mode="json", exclude={"path"}) for task, settings in tasks.items()
+        },
+        "bos": config.evaluation.bos,
+        "data": {task: data[task] for task in tasks},
+    }
