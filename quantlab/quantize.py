@@ -17,7 +17,6 @@ document's score moves by at most what the scheme itself costs some document: in
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -29,7 +28,7 @@ from quantlab.errors import SchemeError, nearest
 from quantlab.kernels.choice import KERNELS, Kernel, check_integers, choose_kernel
 from quantlab.layers.fake_quant import FakeQuant
 from quantlab.layers.linear import QuantLinear, weight_of
-from quantlab.layers.targets import Target, find_targets, parents_of
+from quantlab.layers.targets import Choice, Target, check_skip, choose_targets, is_skipped, parents_of
 from quantlab.methods import rtn
 from quantlab.schemes import Scheme, TensorSpec, check_shapes
 
@@ -96,72 +95,29 @@ def _swap(
         raise SchemeError(
             f"kernel must be one of {', '.join(KERNELS)}: found {kernel!r}.{nearest(kernel, KERNELS)}"
         )
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    if scheme.is_baseline:
-        return Changes(scheme.name, (), num_parameters)
     if any(isinstance(module, QuantLinear | FakeQuant) for module in model.modules()):
         raise SchemeError("a model takes one scheme at a time: this one carries one already. Load it anew.")
-    targets = find_targets(model)
-    _check_skip(skip, targets)
-    chosen = [target for target in targets if _is_chosen(target, scheme, skip)]
+    if skip:
+        check_skip(model, skip)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     runs, reason = choose_kernel(scheme, next(model.parameters()).device.type, kernel)
-    _check_chosen(model, scheme, chosen, skip, runs)
+    touches = scheme.weights is not None or scheme.activations is not None
+    choice = choose_targets(model, skip) if touches else Choice((), (), ())
+    if touches:
+        _check_shapes(model, scheme, choice.chosen, runs)
     sites = _find_sites(model, scheme)
     how = _How(scheme, scale_dtype, runs, reason)
-    rows: list[Change] = []
-    if scheme.weights is not None or scheme.activations is not None:
-        for target in targets:
-            if target in chosen:
-                rows.append(_swap_linear(model, target, how, undo))
-            else:
-                rows.append(_stays(target, skip))
+    chosen = set(choice.chosen)
+    rows = [
+        _swap_linear(model, target, how, undo) if target in chosen else _stays(target, skip)
+        for target in choice.targets
+    ]
     rows += [_swap_site(layer, prefix, name, spec, undo) for prefix, layer, name, spec in sites]
     return Changes(scheme.name, tuple(rows), num_parameters)
 
 
-def _is_chosen(target: Target, scheme: Scheme, skip: Sequence[str]) -> bool:
-    """Whether the scheme means this matrix; fused experts are meant, and refused later."""
-    touches = scheme.weights is not None or scheme.activations is not None
-    meant = target.sort in ("linear", "fused") or (target.sort == "other" and not target.real)
-    return touches and meant and not _skipped(target, skip)
-
-
-def _skipped(target: Target, skip: Sequence[str]) -> bool:
-    return any(fnmatchcase(target.name, pattern) for pattern in skip)
-
-
-def _check_skip(skip: Sequence[str], targets: Sequence[Target]) -> None:
-    names = [target.name for target in targets]
-    for pattern in skip:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            short = dict.fromkeys("*." + name.rpartition(".")[2] for name in names)
-            hint = nearest(pattern, [*short, *names]) or f" There are {', '.join(short)}."
-            raise SchemeError(f"a skip pattern must match a weight matrix: {pattern!r} matches none.{hint}")
-
-
-def _check_chosen(
-    model: nn.Module, scheme: Scheme, chosen: Sequence[Target], skip: Sequence[str], runs: Kernel
-) -> None:
-    """Refuse what cannot be honoured, before anything is swapped."""
-    if scheme.weights is None and scheme.activations is None:
-        return
-    for target in chosen:
-        if not target.real:
-            raise SchemeError(
-                f"weights must be floating point to be quantized: {target.name} holds codes already. Load the "
-                f'checkpoint dequantized, or add "{target.name}" to skip.'
-            )
-        if target.sort == "fused":
-            raise SchemeError(
-                "expert matrices fused into one parameter cannot be quantized in this version: "
-                f"{target.name} is {list(target.shape)}. "
-                f'Add "*.{target.name.rpartition(".")[2]}" to skip, and they stay at 16 bits.'
-            )
-    if not chosen:
-        raise SchemeError(
-            f"a scheme must quantize some weight matrix of the decoder: {scheme.name} would touch 0% of "
-            f"{type(model).__name__}. " + ("Skip less." if skip else "Its decoder layers hold no linears.")
-        )
+def _check_shapes(model: nn.Module, scheme: Scheme, chosen: Sequence[Target], runs: Kernel) -> None:
+    """Refuse groups that do not divide, and integer sums that do not fit."""
     linears = {target.name: (target.shape[0], target.shape[1]) for target in chosen}
     check_shapes(scheme, linears)
     if runs == "int8_mm":
@@ -224,7 +180,7 @@ def _stays(target: Target, skip: Sequence[str]) -> Change:
         "outside": "outside the decoder layers (embeddings and lm_head stay at 16 bits)",
         "other": "not a linear",
     }
-    why = "skip" if _skipped(target, skip) else reasons.get(target.sort, "")
+    why = "skip" if is_skipped(target, skip) else reasons.get(target.sort, "")
     if target.tied_to:
         why += f"; tied to {target.tied_to}"
     in_decoder = target.sort != "outside"

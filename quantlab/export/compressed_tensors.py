@@ -56,12 +56,14 @@ def layout(model: nn.Module, scheme: Scheme, swapped: Sequence[str], dtype: torc
         dtype: the stored dtype, of scales and of everything that keeps its precision.
 
     Raises:
-        SchemeError: a swapped module is not nn.Linear itself, which is all that the format's readers handle.
+        SchemeError: a swapped module is not nn.Linear itself, which is all that the format's readers handle, or two
+            of them share one weight, which readers could not tie again.
     """
     spec = scheme.weights
     assert spec is not None, "the format's check lets no scheme without weights through"
     packed = scheme.activations is None
     linears = {name: _linear(model, name) for name in swapped}
+    _check_separate(linears)
     return Layout(
         linears={name: _part(linear, spec, dtype, packed=packed) for name, linear in linears.items()},
         quantization_config=_quantization_config(scheme, _ignored(model, swapped)),
@@ -92,6 +94,17 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
             f"do not load. Quantize another architecture, or only evaluate this one."
         )
     return module
+
+
+def _check_separate(linears: Mapping[str, nn.Linear]) -> None:
+    owners: dict[int, str] = {}
+    for name, linear in linears.items():
+        owner = owners.setdefault(id(linear.weight), name)
+        if owner != name:
+            raise SchemeError(
+                f"format compressed-tensors needs a weight of its own in every linear: {name} shares that of {owner}. "
+                f'Add both to skip: "{name}" and "{owner}".'
+            )
 
 
 def _part(linear: nn.Linear, spec: TensorSpec, dtype: torch.dtype, *, packed: bool) -> Part:

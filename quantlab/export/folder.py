@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 import quantlab
 from quantlab.export.atomic import new_folder
 from quantlab.export.formats import find_format
-from quantlab.export.linears import choose_linears
 from quantlab.export.model_card import CardFacts, matching_scores, model_card
 from quantlab.export.shards import Layout, write_shards
 from quantlab.export.tensors import dtype_name, model_parts, stored_dtype, tied_names
+from quantlab.layers.targets import choose_targets
 from quantlab.models.inspection import content_hash
 from quantlab.records import Record
 from quantlab.schemes import Scheme, check_shapes
@@ -93,9 +93,9 @@ def export_checkpoint(
     form = find_format(format_name)
     form.check(scheme)
     model = checkpoint.model
-    linears = choose_linears(model, skip)
-    check_shapes(scheme, {target.name: (target.shape[0], target.shape[1]) for target in linears["swapped"]})
-    swapped, skipped = ([target.name for target in linears[what]] for what in ("swapped", "skipped"))
+    choice = choose_targets(model, skip)
+    check_shapes(scheme, {target.name: (target.shape[0], target.shape[1]) for target in choice.chosen})
+    swapped, skipped = ([target.name for target in kind] for kind in (choice.chosen, choice.skipped))
     dtype = stored_dtype(model, checkpoint.info.source_precision)
     layout: Layout = import_module(form.module).layout(model, scheme, swapped, dtype)
     parts = list(model_parts(model, layout, dtype))

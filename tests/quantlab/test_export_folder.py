@@ -122,25 +122,30 @@ def test_skipped_linears_keep_their_values_and_are_ignored_by_name(toy: Checkpoi
 
 
 def test_nothing_to_quantize_is_an_error(toy: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(SchemeError, match="14 linears of LlamaForCausalLM are skipped and none is left"):
+    with pytest.raises(SchemeError, match="the 14 of LlamaForCausalLM are all skipped"):
         export(toy, tmp_path / "out", skip=["*"])
     with pytest.raises(SchemeError, match=r"'\*\.downproj' matches none\. Did you mean '\*\.down_proj'"):
         export(toy, tmp_path / "out", skip=["*.downproj"])
+    with pytest.raises(SchemeError, match=r"'zzz' matches none\. There are \*\.q_proj, \*\.k_proj"):
+        export(toy, tmp_path / "out", skip=["zzz"])
 
 
 def test_linears_that_share_weights_are_refused(tmp_path: Path) -> None:
     checkpoint = loaded(save_checkpoint("llama", tmp_path / "in"))
     first, second = (layer.self_attn for layer in checkpoint.model.model.layers)
     second.q_proj.weight = first.q_proj.weight
-    with pytest.raises(SchemeError, match=r"1\.self_attn\.q_proj shares those of model\.layers\.0"):
+    with pytest.raises(SchemeError, match=r"1\.self_attn\.q_proj shares that of model\.layers\.0"):
         export(checkpoint, tmp_path / "out")
+    with pytest.raises(SchemeError, match=r"1\.self_attn\.q_proj and model\S+ are one matrix"):
+        export(checkpoint, tmp_path / "out", skip=["*.0.self_attn.q_proj"])
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_experts_in_one_parameter_are_refused_or_skipped(tmp_path: Path) -> None:
     checkpoint = loaded(save_checkpoint("llama", tmp_path / "in"))
     mlp = checkpoint.model.model.layers[0].mlp
     mlp.experts = torch.nn.Parameter(torch.zeros(2, 64, 64))
-    with pytest.raises(SchemeError, match=r"fused into one parameter .*mlp\.experts is \[2, 64, 64\]"):
+    with pytest.raises(SchemeError, match=r"no nn\.Linear, .*mlp\.experts is \[2, 64, 64\]"):
         export(checkpoint, tmp_path / "out")
     export(checkpoint, tmp_path / "out", skip=["*.experts"])
     assert tensors_of(tmp_path / "out")["model.layers.0.mlp.experts"].shape == (2, 64, 64)

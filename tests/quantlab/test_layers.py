@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from probes.attention import attention_sites
@@ -205,6 +207,32 @@ def test_targets_of_a_tied_model() -> None:
     assert targets["transformer.wpe"].sort == "outside"
 
 
+@pytest.mark.parametrize(
+    ("family", "sizes", "fused"),
+    [
+        ("dbrx", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}, {"w1", "v1", "w2"}),
+        ("mixtral", {"num_local_experts": 2}, {"gate_up_proj", "down_proj"}),
+        ("rwkv", {"hidden_size": 32, "num_hidden_layers": 2, "context_length": 64}, set()),
+    ],
+)
+def test_experts_of_real_architectures(family: str, sizes: dict[str, Any], fused: set[str]) -> None:
+    """Large matrices that are no linears, of two dimensions or three; RWKV's [1, 1, 32] are vectors."""
+    shape = {} if family == "rwkv" else toy_shape(family, sizes)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=512, **shape | sizes))
+    targets = find_targets(model)
+    assert {target.name.rpartition(".")[2] for target in targets if target.sort == "fused"} == fused
+    assert any(target.sort == "linear" for target in targets)
+
+
+def toy_shape(family: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    """What is left to say of a toy's experts."""
+    if family == "dbrx":
+        experts = {"ffn_hidden_size": 96, "moe_num_experts": 2, "moe_top_k": 1, "hidden_size": 64}
+        return {"ffn_config": experts, "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}}
+    few = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    return few | {"hidden_size": 64, "intermediate_size": 96}
+
+
 def test_targets_that_are_no_linears() -> None:
     class Router(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -213,12 +241,22 @@ def test_targets_that_are_no_linears() -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up = nn.Parameter(torch.zeros(4, 8, 64))
+            self.up = nn.Parameter(torch.zeros(4, 16, 64))
+            self.mix = nn.Parameter(torch.zeros(4, 15, 64))
+            self.bias = nn.Parameter(torch.zeros(1, 1, 4096))
+
+    class OtherLinear(Router):
+        pass
 
     model = toy_model("llama")
     layer = model.model.layers[0]
     layer.router, layer.experts, layer.conv = Router(64, 4), Experts(), nn.Conv1d(8, 8, 3)
+    layer.other, layer.attention = OtherLinear(64, 64), nn.MultiheadAttention(64, 4)
+    layer.positions = nn.Embedding(4096, 4)
     sorts = {target.name: target.sort for target in find_targets(model)}
     assert sorts["model.layers.0.router"] == "other"
     assert sorts["model.layers.0.experts.up"] == "fused"
+    assert sorts["model.layers.0.experts.mix"] == sorts["model.layers.0.experts.bias"] == "other"
     assert sorts["model.layers.0.conv"] == "other"
+    assert sorts["model.layers.0.positions"] == "other"
+    assert sorts["model.layers.0.other"] == sorts["model.layers.0.attention.in_proj_weight"] == "fused"

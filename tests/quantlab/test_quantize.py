@@ -80,6 +80,8 @@ def test_the_baseline_changes_nothing() -> None:
         assert torch.equal(run(model, ids()), before)
     assert changes.rows == () and changes.share_by_bits == {16: 1.0} and changes.average_storage_bits == 16.0
     assert changes.weights_bytes == 2 * sum(p.numel() for p in model.parameters())
+    with pytest.raises(SchemeError, match=r"'\*.upproj' matches none"):
+        quantize_(model, Scheme.parse("w16"), skip=["*.upproj"])
 
 
 @pytest.mark.parametrize("name", ["w8a8", "l4t", "w4g32a8l6t"])
@@ -179,22 +181,64 @@ def test_a_linear_that_the_model_holds_twice_stays_shared() -> None:
     assert changes.share_by_bits == {4: 1.0}
 
 
+@pytest.mark.parametrize("name", ["w4", "a8"])
+def test_a_matrix_of_several_names_is_skipped_whole_or_not_at_all(name: str) -> None:
+    model = toy_model("llama")
+    layers = model.model.layers
+    layers[1].mlp = layers[0].mlp
+    layers[1].self_attn.q_proj.weight = layers[0].self_attn.q_proj.weight
+    modules = modules_of(model)
+    for leaf in ("mlp.up_proj", "self_attn.q_proj"):
+        one, other = (f"model.layers.{i}.{leaf}" for i in (0, 1))
+        for kept, quantized_too in ((one, other), (other, one)):
+            message = f"{quantized_too} and {kept} are one matrix.* Skip both or neither"
+            with pytest.raises(SchemeError, match=message):
+                quantize_(model, Scheme.parse(name), skip=[kept])
+            assert modules_of(model) == modules
+    with quantized(model, Scheme.parse("w4"), skip=["*.up_proj", "*.q_proj"]) as changes:
+        run(model, ids())
+    # Held twice and counted once: the MLP's 3 matrices of 6144 and q of 4096; of k and v 2048 and o 4096 two each.
+    assert changes.share_by_bits == {4: 28672 / 38912, 16: (6144 + 4096) / 38912}
+    with quantized(model, Scheme.parse("w4")) as changes:
+        assert changes.share_by_bits == {4: 1.0}
+        q = [layer.self_attn.q_proj for layer in layers]
+        assert all(isinstance(linear, QuantLinear) for linear in q) and torch.equal(q[0].weight, q[1].weight)
+    assert sum(row.num_weights for row in changes.rows) == sum(
+        parameter.numel() for parameter in model.parameters() if parameter.ndim > 1
+    )
+
+
+def test_a_linear_tied_to_something_outside_the_decoder_is_refused() -> None:
+    model = toy_model("llama")
+    layer = model.model.layers[1]
+    layer.extra = nn.Linear(64, 512, bias=False)
+    layer.extra.weight = model.model.embed_tokens.weight
+    message = (
+        r"model.layers.1.extra and model.embed_tokens are one matrix.*\. Add \"model.layers.1.extra\" to skip"
+    )
+    with pytest.raises(SchemeError, match=message):
+        quantize_(model, Scheme.parse("w4"))
+    with quantized(model, Scheme.parse("w4"), skip=["*.extra"]) as changes:
+        assert isinstance(layer.self_attn.q_proj, QuantLinear)
+    assert changes.share_by_bits == {4: 1.0}
+
+
 class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up = nn.Parameter(torch.zeros(4, 8, 64))
+        self.up = nn.Parameter(torch.zeros(4, 16, 64))
 
 
 def test_fused_experts_are_refused_or_skipped_and_counted() -> None:
     model = toy_model("llama")
     model.model.layers[0].experts = Experts()
     modules = modules_of(model)
-    message = r"fused into one parameter .*: model.layers.0.experts.up is \[4, 8, 64\]. Add \"\*.up\" to skip"
+    message = r"no nn.Linear, .*: model.layers.0.experts.up is \[4, 16, 64\]. Add \"\*.up\" to skip"
     with pytest.raises(SchemeError, match=message), quantized(model, Scheme.parse("w8a8")):
         pass
     assert modules_of(model) == modules
     with quantized(model, Scheme.parse("w8"), skip=["*.experts.*"]) as changes:
-        assert changes.share_by_bits[16] == 2048 / (2048 + 61440)
+        assert changes.share_by_bits[16] == 4096 / (4096 + 61440)
     with quantized(model, Scheme.parse("l8t")):
         run(model, ids())
 
@@ -210,9 +254,9 @@ def test_fused_experts_are_refused_or_skipped_and_counted() -> None:
         ),
         ("w8a8g64", [], "integer", r"group_size must divide in_features: model.layers.0.mlp.down_proj"),
         ("w4", ["*.upproj"], "integer", r"'\*.upproj' matches none. Did you mean '\*.up_proj'"),
-        ("w4", ["zzz"], "integer", r"'zzz' matches none. There are \*.embed_tokens, \*.q_proj"),
-        ("w4", ["*"], "integer", r"w4 would touch 0% of LlamaForCausalLM. Skip less"),
-        ("a8", ["model.layers.*"], "integer", r"a8 would touch 0% of LlamaForCausalLM"),
+        ("w4", ["zzz"], "integer", r"'zzz' matches none. There are \*.q_proj, \*.k_proj"),
+        ("w4", ["*"], "integer", r"the 14 of LlamaForCausalLM are all skipped. Skip less"),
+        ("a8", ["model.layers.*"], "integer", r"the 14 of LlamaForCausalLM are all skipped"),
         ("w8a8", [], "triton", r"kernel must be one of integer, simulated: found 'triton'"),
         ("w8a8", [], "simulate", r"Did you mean 'simulated'"),
     ],
@@ -237,7 +281,7 @@ def test_models_without_decoder_linears_are_refused() -> None:
         for name, module in list(layer.named_modules()):
             if isinstance(module, nn.Linear):
                 setattr(layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], nn.Identity())
-    with pytest.raises(SchemeError, match=r"would touch 0% .* Its decoder layers hold no linears"):
+    with pytest.raises(SchemeError, match=r"of the decoder layers: LlamaForCausalLM has none"):
         quantize_(model, Scheme.parse("w4"))
     with pytest.raises(ProbeError, match="decoder layers"):
         quantize_(nn.Sequential(nn.Linear(4, 4)), Scheme.parse("w4"))
