@@ -25,7 +25,7 @@ ESTIMATES = {
 CHANGES = ("margin_change", "nats_change", "acc_norm_change")
 """Paired changes: nats per document, nats per token, share of documents."""
 NO_EVIDENCE = "no evidence about its bits"
-"""How `no_evidence` starts for a scheme that only puts weights back on the grid that they came from."""
+"""How `no_evidence` starts for a scheme of the very bits and groups that the weights were rounded to before."""
 ENDS = ("", "_low", "_high")
 """What a column of an estimate and those of its interval end in."""
 TEXTS = ("ref", "key", "checkpoint", "scheme", "status", "series", "detail", "baseline_ref", "baseline_precision",
@@ -140,13 +140,13 @@ def _checkpoint(cell: Cell) -> Mapping[str, Any]:
 
 
 def _no_evidence(cell: Cell) -> str:
-    """Why a scheme says nothing about its bits: the weights lay on that grid before."""
+    """Why a scheme says nothing about its bits: the weights were rounded to as many, in such groups, before."""
     source, name = _checkpoint(cell).get("source_scheme"), read_scheme(cell.scheme)
     if not source or not name.weight_grid or read_scheme(str(source)).weight_grid != name.weight_grid:
         return ""
     if len(name.parts) > 1:
-        return f"shows nothing about its weights, for the source is already on their grid ({source})"
-    return f"{NO_EVIDENCE}, for the source is already on this grid ({source})"
+        return f"shows nothing about its weights, for the source has their bits and groups already ({source})"
+    return f"{NO_EVIDENCE}, for the source has these bits and groups already ({source})"
 
 
 def _with_holm(frame: pd.DataFrame) -> pd.DataFrame:
