@@ -1,8 +1,8 @@
 """A folder that appears whole or not at all. Needs no torch.
 
 Files go into a hidden folder beside the destination; it gets its MANIFEST.json last, is flushed to disk and renamed.
-An existing destination is replaced only when that is allowed, and only after the new folder is complete: it is moved
-aside, the new one takes its name, then it is deleted.
+An existing destination is replaced only when that is allowed and it is such a folder itself, and only after the new
+one is complete: it is moved aside, the new one takes its name, then it is deleted.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,20 +25,34 @@ MANIFEST = "MANIFEST.json"
 """Lists every other file of a folder with its sha256 and its size in bytes."""
 
 
-def check_destination(destination: Path, *, overwrite: bool) -> None:
+def check_destination(destination: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -> None:
     """Refuse a destination that cannot or must not be written, before any work is done.
 
+    Args:
+        sources: files and folders of the checkpoint that is exported.
+
     Raises:
-        OutputError: it exists and overwrite is off, is no folder, holds the working or home folder, or cannot be
-            written.
+        OutputError: it exists and overwrite is off, holds anything but an earlier export, is no folder, overlaps a
+            source, holds the working or home folder, or cannot be written.
     """
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         raise OutputError(f"output must be a new folder: {destination} is a file or a link. Choose another.")
+    here = destination.resolve()
+    for source in sources:
+        there = source.resolve()
+        if here == there or here in there.parents or there in here.parents:
+            raise OutputError(
+                f"output folder must lie apart from the checkpoint: {destination} and {source} overlap. Choose another."
+            )
     if destination.exists() and not overwrite:
         raise OutputError(f"output folder exists: {destination}. Choose another, or pass --overwrite.")
-    here = destination.resolve()
-    if any(kept == here or here in kept.parents for kept in (Path.cwd(), Path.home())):
+    if any(kept == here or here in kept.parents for kept in (Path.cwd(), Path.home().resolve())):
         raise OutputError(f"output folder must not hold the working or home folder: {destination}.")
+    if destination.exists() and not _is_replaceable(destination):
+        raise OutputError(
+            f"--overwrite replaces an earlier export only: {destination} holds files and no {MANIFEST} of ours. "
+            "Choose another, or empty it yourself."
+        )
     ancestor = next(path for path in here.parents if path.exists())
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
         raise OutputError(f"output folder must be writable: {ancestor} is not. Choose another place.")
@@ -67,6 +81,17 @@ def new_folder(destination: Path, *, overwrite: bool = False) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_replaceable(folder: Path) -> bool:
+    """Whether the folder is empty or was made by `new_folder`."""
+    try:
+        if not any(folder.iterdir()):
+            return True
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and {"format_version", "quantlab", "files"} <= manifest.keys()
 
 
 def _beside(destination: Path, what: str) -> Path:

@@ -21,7 +21,8 @@ import torch
 from transformers import PreTrainedModel
 
 import quantlab
-from quantlab.export.atomic import new_folder
+from quantlab.errors import CheckpointError
+from quantlab.export.atomic import check_destination, new_folder
 from quantlab.export.formats import find_format
 from quantlab.export.model_card import CardFacts, matching_scores, model_card
 from quantlab.export.shards import Layout, write_shards
@@ -80,26 +81,29 @@ def export_checkpoint(
     Args:
         skip: dotted patterns of decoder linears that keep their precision.
         records: where the card's scores come from; only those of this content, scheme and skip are used.
-        overwrite: replace an existing folder, once the new one is complete.
+        overwrite: replace an earlier export, once the new one is complete.
         max_shard_size: bytes of a weight file; the memory needed besides the model is one such file.
         advance: called with the number of linears written since the last call.
 
     Raises:
         ConfigError: unknown format.
         SchemeError: the format, or this model, cannot hold the scheme.
-        CheckpointError: the architecture's tensors are not stored as the model holds them.
-        OutputError: the folder exists or cannot be written; what was there is untouched.
+        CheckpointError: the architecture's tensors are not stored as the model holds them, or it needs code of the
+            checkpoint's own.
+        OutputError: the folder exists, overlaps the checkpoint or cannot be written; what was there is untouched.
     """
     form = find_format(format_name)
     form.check(scheme)
-    model = checkpoint.model
+    model, info = checkpoint.model, checkpoint.info
+    check_destination(out_dir, overwrite=overwrite, sources=(info.path, *info.files))
+    _check_code(model)
     choice = choose_targets(model, skip)
     check_shapes(scheme, {target.name: (target.shape[0], target.shape[1]) for target in choice.chosen})
     swapped, skipped = ([target.name for target in kind] for kind in (choice.chosen, choice.skipped))
-    dtype = stored_dtype(model, checkpoint.info.source_precision)
+    dtype = stored_dtype(model, info.source_precision)
     layout: Layout = import_module(form.module).layout(model, scheme, swapped, dtype)
     parts = list(model_parts(model, layout, dtype))
-    digest = content_hash(checkpoint.info)
+    digest = content_hash(info)
     with new_folder(out_dir, overwrite=overwrite) as folder:
         weights_bytes = write_shards(folder, parts, max_shard_size, advance)
         checkpoint.tokenizer.save_pretrained(folder)
@@ -108,9 +112,9 @@ def export_checkpoint(
             scheme=scheme,
             format_name=form.name,
             layout=layout.name,
-            base_model=checkpoint.info.name,
+            base_model=info.name,
             content_hash=digest,
-            source_precision=checkpoint.info.source_precision,
+            source_precision=info.source_precision,
             stored_dtype=dtype_name(dtype),
             num_swapped=len(swapped),
             skipped=skipped,
@@ -119,6 +123,7 @@ def export_checkpoint(
             weights_bytes=weights_bytes,
             tied_embeddings=bool(tied_names(model)),
             engines=layout.engines,
+            wider=[name for part in parts for name in part.wider_than(dtype)],
         )
         card = model_card(facts, matching_scores(records, digest, scheme, skip))
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -133,6 +138,14 @@ def export_checkpoint(
         swapped=tuple(swapped),
         skipped=tuple(skipped),
     )
+
+
+def _check_code(model: PreTrainedModel) -> None:
+    if getattr(model.config, "auto_map", None):
+        raise CheckpointError(
+            f"export needs an architecture whose code is part of transformers: {type(model).__name__} brings its own "
+            "(auto_map), which the folder would lack. Evaluate it instead."
+        )
 
 
 def _write_configs(folder: Path, model: PreTrainedModel, layout: Layout, dtype: torch.dtype) -> None:

@@ -52,6 +52,8 @@ class CardFacts:
     tied_embeddings: bool
     engines: str
     """Who loads the format, and who runs it fast."""
+    wider: Sequence[str] = ()
+    """Tensors that the stored dtype would round, stored in their own."""
 
 
 def matching_scores(
@@ -183,9 +185,13 @@ def _kept(facts: CardFacts) -> str:
     head = "embeddings, norms, biases and output head"
     if facts.tied_embeddings:
         head += " (tied to the embeddings)"
-    if not facts.skipped:
-        return head
-    return f"{head}; skipped by request: {', '.join(f'`{name}`' for name in facts.skipped)}"
+    if facts.skipped:
+        head += f"; skipped by request: {', '.join(f'`{name}`' for name in facts.skipped)}"
+    if facts.wider:
+        head += (
+            f"; kept in their own dtype, which holds more: {', '.join(f'`{name}`' for name in facts.wider)}"
+        )
+    return head
 
 
 def _warnings(facts: CardFacts) -> list[str]:
@@ -219,15 +225,31 @@ def _scores_text(scores: Scores, stored_dtype: str) -> str:
 
 
 def _how_measured(scores: Scores, stored_dtype: str) -> str:
-    """Whether the scores are of the codes in the folder, or of codes from scales of another dtype."""
+    """Of which codes the scores are, those in the folder or those from scales of another dtype, and what ran."""
     settings = [record.made_by.get("quantize", {}) for record, _ in scores.values()]
     measured = {setting.get("scale_dtype", "float32") for setting in settings}
+    ran = _kernels_text(scores)
     if measured == {stored_dtype}:
-        return "Measured by quantlab on the codes and scales of this folder, simulated."
+        return f"Measured by quantlab on the codes and scales of this folder.{ran}"
     return (
-        f"Measured by quantlab on the simulated scheme with scales in {' and '.join(sorted(measured))}; the scales of "
-        f"this folder are rounded to {stored_dtype} and its codes chosen after that, so they differ slightly."
+        f"Measured by quantlab on the scheme with scales in {' and '.join(sorted(measured))}; the scales of this "
+        f"folder are rounded to {stored_dtype} and its codes chosen after that, so they differ slightly.{ran}"
     )
+
+
+_KERNELS = {
+    "weight_only": "in floats on dequantized weights",
+    "simulated": "in floats on rounded inputs and dequantized weights",
+    "int8_mm": "as integer products of codes",
+}
+"""A name of `quantlab.kernels` in words."""
+
+
+def _kernels_text(scores: Scores) -> str:
+    """How the linears were computed, as the records say; nothing where they do not."""
+    recorded = (record.result.get("quantization", {}).get("kernels", {}) for record, _ in scores.values())
+    names = sorted({name for kernels in recorded for name in kernels})
+    return f" Its linears ran {' and '.join(_KERNELS.get(name, name) for name in names)}." if names else ""
 
 
 def _number(value: float | None) -> str:

@@ -46,6 +46,10 @@ class Part:
         """Bytes on disk of all its tensors."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
+    def wider_than(self, dtype: torch.dtype) -> list[str]:
+        """Names of its floating-point tensors that are stored in another dtype, which holds more."""
+        return [name for name, t in self.tensors.items() if t.dtype.is_floating_point and t.dtype != dtype]
+
 
 @dataclass(frozen=True)
 class Layout:

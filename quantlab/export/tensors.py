@@ -27,8 +27,7 @@ def stored_dtype(model: PreTrainedModel, source_precision: str) -> torch.dtype:
     if source == loaded:
         return loaded
     tensors = (tensor for tensor in model.state_dict().values() if tensor.is_floating_point())
-    lossless = all(torch.equal(tensor, tensor.to(source).to(tensor.dtype)) for tensor in tensors)
-    return source if lossless else loaded
+    return source if all(_holds(source, tensor) for tensor in tensors) else loaded
 
 
 def model_parts(model: PreTrainedModel, layout: Layout, dtype: torch.dtype) -> Iterator[Part]:
@@ -62,13 +61,18 @@ def _renamed(part: Part, prefix: str) -> Part:
 
 
 def _kept(name: str, tensor: Tensor, dtype: torch.dtype) -> Part:
-    """A tensor that keeps its precision."""
-    stored = dtype if tensor.is_floating_point() else tensor.dtype
+    """A tensor that keeps its values: in the stored dtype where that holds them all, else in its own."""
+    stored = dtype if tensor.is_floating_point() and _holds(dtype, tensor) else tensor.dtype
     # A copy, since tensors of a shard may not share memory.
     return Part(
         {name: TensorType(stored, tuple(tensor.shape))},
         lambda: {name: tensor.detach().to("cpu", stored, copy=True).contiguous()},
     )
+
+
+def _holds(dtype: torch.dtype, tensor: Tensor) -> bool:
+    """Whether the dtype has every value of the tensor."""
+    return tensor.dtype == dtype or torch.equal(tensor, tensor.to(dtype).to(tensor.dtype))
 
 
 def _same_memory(first: Tensor, second: Tensor) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors import safe_open
 
@@ -222,7 +223,40 @@ def test_an_architecture_that_is_converted_while_loading_is_refused(
         export(toy, tmp_path / "out")
 
 
+def test_an_architecture_with_code_of_its_own_is_refused(tmp_path: Path) -> None:
+    checkpoint = loaded(save_checkpoint("llama", tmp_path / "in"))
+    checkpoint.model.config.auto_map = {"AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    with pytest.raises(CheckpointError, match=r"LlamaForCausalLM brings its own \(auto_map\)"):
+        export(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensors_of_a_wider_dtype_are_not_rounded(tmp_path: Path) -> None:
+    """Parameters in float32 among those in bfloat16: only what bfloat16 holds exactly is written in it."""
+    model = toy_model("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "in")
+    toy_tokenizer().save_pretrained(tmp_path / "in")
+    checkpoint = loaded(tmp_path / "in", dtype="bfloat16")
+    layers = checkpoint.model.model.layers
+    fine = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    layers[0].input_layernorm.weight = torch.nn.Parameter(fine)
+    layers[1].input_layernorm.weight = torch.nn.Parameter(torch.full((64,), 0.5))
+    export(checkpoint, tmp_path / "out")
+    tensors = tensors_of(tmp_path / "out")
+    assert torch.equal(tensors["model.layers.0.input_layernorm.weight"], fine)
+    assert tensors["model.layers.1.input_layernorm.weight"].dtype == torch.bfloat16
+    assert tensors["model.norm.weight"].dtype == torch.bfloat16
+    card = (tmp_path / "out/README.md").read_text()
+    assert "kept in their own dtype, which holds more: `model.layers.0.input_layernorm.weight`" in card
+
+
 # ---- whole or not at all
+
+
+def earlier_export(folder: Path) -> None:
+    """A folder that may be replaced, with one more file in it."""
+    with atomic.new_folder(folder) as new:
+        (new / "mine").write_text("mine")
 
 
 def test_an_existing_folder_is_not_touched(toy: Checkpoint, tmp_path: Path) -> None:
@@ -233,13 +267,58 @@ def test_an_existing_folder_is_not_touched(toy: Checkpoint, tmp_path: Path) -> N
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
 
 
-def test_overwrite_replaces_it_whole(toy: Checkpoint, tmp_path: Path) -> None:
+def test_overwrite_replaces_an_earlier_export_whole(toy: Checkpoint, tmp_path: Path) -> None:
+    export(toy, tmp_path / "out", max_shard_size=10_000)
+    export(toy, tmp_path / "out", overwrite=True)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1
+    assert os.listdir(tmp_path) == ["out"]  # noqa: PTH208
+    (tmp_path / "empty").mkdir()
+    export(toy, tmp_path / "empty", overwrite=True)
+    assert (tmp_path / "empty/MANIFEST.json").exists()
+
+
+@pytest.mark.parametrize(
+    "manifest", [None, "mine", "[]", '{"files": {"mine": {}}}'], ids=["none", "text", "list", "foreign"]
+)
+def test_overwrite_replaces_nothing_but_an_earlier_export(
+    toy: Checkpoint, tmp_path: Path, manifest: str | None
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("mine")
-    export(toy, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out/mine").exists()
-    assert (tmp_path / "out/MANIFEST.json").exists()
-    assert os.listdir(tmp_path) == ["out"]  # noqa: PTH208
+    if manifest is not None:
+        (tmp_path / "out/MANIFEST.json").write_text(manifest)
+    with pytest.raises(OutputError, match=r"--overwrite replaces an earlier export only: \S+out holds"):
+        export(toy, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out/mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("place", [".", "sub/out", "..", "../in-link/sub"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_source_is_never_replaced(tmp_path: Path, place: str, overwrite: bool) -> None:
+    """Also where it looks like an earlier export, and where the way to it goes through a link."""
+    root = tmp_path / "root"
+    source = save_checkpoint("llama", root / "in")
+    (root / "in-link").symlink_to(source)
+    for folder in (root, source):
+        (folder / "MANIFEST.json").write_text('{"format_version": 1, "quantlab": "1", "files": {}}')
+    checkpoint = loaded(source)
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    with pytest.raises(OutputError):
+        export(checkpoint, Path(os.path.normpath(source / place)), overwrite=overwrite)
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+
+
+def test_a_source_is_named_where_it_would_be_overwritten(tmp_path: Path) -> None:
+    file = tmp_path / "models/toy.gguf"
+    file.parent.mkdir()
+    file.write_bytes(b"GGUF")
+    (file.parent / "MANIFEST.json").write_text('{"format_version": 1, "quantlab": "1", "files": {}}')
+    for out in (file.parent, tmp_path):
+        with pytest.raises(OutputError, match=rf"must lie apart from the checkpoint: {out} and {file}"):
+            atomic.check_destination(out, overwrite=True, sources=[file])
+    atomic.check_destination(file.parent / "out", overwrite=True, sources=[file])
+    with pytest.raises(OutputError, match="must lie apart from the checkpoint"):
+        atomic.check_destination(file.parent / "out", overwrite=False, sources=[file.parent])
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -248,9 +327,8 @@ def test_a_failure_in_mid_write_leaves_what_was_there(
     toy: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool, fault: BaseException
 ) -> None:
     if exists:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out/mine").write_text("mine")
-    real, calls = shards.save_file, []
+        earlier_export(tmp_path / "out")
+    real, calls = safetensors.torch.save_file, []
 
     def save_file(*arguments: Any, **options: Any) -> None:
         calls.append(arguments)
@@ -264,15 +342,15 @@ def test_a_failure_in_mid_write_leaves_what_was_there(
         export(toy, tmp_path / "out", overwrite=exists, max_shard_size=10_000)
     if expected is OutputError:
         assert "No space left on device" in str(caught.value)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == (["mine", "out"] if exists else [])
+    names = ["MANIFEST.json", "mine", "out"] if exists else []
+    assert sorted(path.name for path in tmp_path.rglob("*")) == names
 
 
 def test_a_failure_of_the_last_rename_puts_the_old_folder_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine").write_text("mine")
+    earlier_export(out)
     rename = Path.rename
 
     def fail_for_the_new(self: Path, target: Path) -> Path:
@@ -286,7 +364,7 @@ def test_a_failure_of_the_last_rename_puts_the_old_folder_back(
         atomic.new_folder(out, overwrite=True) as new,
     ):
         (new / "yours").write_text("yours")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "out"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["MANIFEST.json", "mine", "out"]
 
 
 def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:

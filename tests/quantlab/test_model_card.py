@@ -113,6 +113,20 @@ def test_the_card_says_when_scores_are_of_scales_in_another_dtype() -> None:
     assert "on the codes and scales of this folder" in card_of(rounded)
 
 
+@pytest.mark.parametrize(
+    ("kernels", "words"),
+    [
+        ({"int8_mm": 14}, "Its linears ran as integer products of codes."),
+        ({"simulated": 14}, "Its linears ran in floats on rounded inputs and dequantized weights."),
+        ({"weight_only": 14}, "Its linears ran in floats on dequantized weights."),
+    ],
+)
+def test_the_card_says_which_kernels_ran(kernels: dict[str, int], words: str) -> None:
+    card = card_of(record({"hellaswag": HELLASWAG, "quantization": {"kernels": kernels}}))
+    assert words in card
+    assert "ran" not in card_of(record({"hellaswag": HELLASWAG})).partition("Measured by")[2].split("\n")[0]
+
+
 def test_a_task_without_a_score_says_so() -> None:
     card = card_of(record({"hellaswag": HELLASWAG}))
     assert "perplexity: not measured" in card
