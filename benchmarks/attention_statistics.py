@@ -7,23 +7,24 @@ the 10 largest |logit| with place, the first four moments of the logits, and the
 
     eager   whole tensors: q k^T, mask, softmax, topk, moments, log-sum-exp, entropy, probs v. Plain torch, each step
             one operation where torch has one, in place where that is possible, nothing computed twice.
-    ours    the forward of a one-layer Llama inside attention_sites, with watch on its sites: projections, MLP and norms
+    ours    the forward of a one-layer OPT inside attention_sites, with watch on its sites: projections, MLP and norms
             are paid for here, not by the peer.
 
-Then the exact median of |logit|: ours in two passes (a second forward), eager by kthvalue on the whole tensor.
+Then the exact median of |logit|: ours in two passes (a second forward, which ends with the logits), eager by kthvalue
+on the whole tensor.
 
-Every run is a process of its own, the sides alternate, and the least CPU time (process_time) of the repeats counts.
-Memory is how much the process's peak resident size grows from just before the computation, inputs and model loaded and
-libraries warmed on a short sequence.
+Every run is a process of its own, the sides alternate, and the least of the repeats counts. A process computes twice:
+the first time for memory, the growth of its peak resident size (model and inputs loaded, libraries warmed on a short
+sequence), the second for CPU time (process_time), with what an allocator keeps at hand.
 """
 
 import argparse
+import contextlib
 import json
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,43 +34,39 @@ NUM_HEADS, HEAD_DIM, TOP_K = 2, 64, 10
 
 
 def make_model(length: int) -> Any:
-    """A one-layer Llama with one head pair, random weights, and token ids [1, length]."""
+    """A one-layer OPT with one head pair, random weights, and token ids [1, length]."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import OPTConfig, OPTForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = OPTConfig(
         vocab_size=512,
         hidden_size=NUM_HEADS * HEAD_DIM,
-        intermediate_size=NUM_HEADS * HEAD_DIM,
+        word_embed_proj_dim=NUM_HEADS * HEAD_DIM,
+        ffn_dim=2 * NUM_HEADS * HEAD_DIM,
         num_hidden_layers=1,
         num_attention_heads=NUM_HEADS,
-        num_key_value_heads=NUM_HEADS,
         max_position_embeddings=length,
-        bos_token_id=0,
-        eos_token_id=0,
+        init_std=0.2,  # so that logits reach several units, as in trained models
     )
-    model = LlamaForCausalLM(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            parameter.data.mul_(8)  # logits of a few units, as in trained models
+    model = OPTForCausalLM(config).eval()
     return model, torch.randint(0, 512, (1, length))
 
 
 def queries_and_keys(model: Any, ids: Any) -> tuple[Any, Any, Any]:
-    """The layer's q, k and v as its attention function gets them, [1, H, T, d]."""
+    """The layer's q, k and v as its attention function gets them, [1, H, T, d], without their scaling."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     kept = []
 
     def keep(module: Any, q: Any, k: Any, v: Any, mask: Any, **options: Any) -> tuple[Any, None]:
-        kept.append((q.contiguous(), k.contiguous(), v.contiguous()))
+        kept.append((q * (options["scaling"] * HEAD_DIM**0.5), k.contiguous(), v.contiguous()))
         return v.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("keep", keep)
     AttentionMaskInterface.register("keep", lambda *args, **options: None)
     model.set_attn_implementation("keep")
-    model.model(ids, use_cache=False)
+    model.model.decoder(ids, use_cache=False)
     return kept[0]
 
 
@@ -95,8 +92,7 @@ def eager(q: Any, k: Any, v: Any, *, median: bool) -> dict[str, Any]:
     logits.masked_fill_(hidden, -torch.inf)
     lse = logits.logsumexp(-1)
     probs = logits.softmax(-1)
-    # sum p (lse - x); p is 0 where x is -inf
-    entropy = lse - probs.mul(logits.masked_fill_(hidden, 0.0)).sum(-1)
+    entropy = torch.special.entr(probs).sum(-1)
     output = probs @ v
     return {
         "top": top.values.tolist(),
@@ -115,18 +111,18 @@ def ours(model: Any, ids: Any, *, median: bool) -> dict[str, Any]:
     import torch
 
     from probes.attention import attention_sites
-    from probes.hooks import watch
+    from probes.hooks import EarlyStop, watch
     from probes.running.histogram import Histogram
     from probes.running.median import ExactQuantile
     from probes.running.moments import Moments
     from probes.running.topk import TopK
+    from probes.sites import attention_layers
 
     length = ids.shape[1]
     moments, top, histogram = Moments(), TopK(TOP_K, ("head", "query", "key")), Histogram()
     lse, entropy = torch.empty(NUM_HEADS, length), torch.empty(NUM_HEADS, length)
     outputs: list[Any] = []
     logits: list[Any] = []
-    buffer = torch.empty(NUM_HEADS * 256 * length)  # any block fits; pages that none needs are never touched
 
     def see_logits(name: str, module: Any, args: Any, output: Any) -> None:
         x, block = args
@@ -135,14 +131,11 @@ def ours(model: Any, ids: Any, *, median: bool) -> dict[str, Any]:
             _, head, row, column = np.unravel_index(at, tuple(x.shape))
             return np.stack([head, row + block.start, column + block.key_start], axis=1)
 
-        peak = 0.0
         for part in block.visible_parts(x):
-            peak = max(peak, -float(part.amin()), float(part.amax()))
             moments.add(part)
             if median:
-                histogram.add_magnitudes(part.abs())
-        if peak >= top.threshold:
-            top.add(x.masked_fill(~block.visible, torch.nan), place)
+                histogram.add_finite(part)
+        top.add(x, place, block.visible)
         logits.append(x)
 
     def see_probs(name: str, module: Any, args: Any, output: Any) -> None:
@@ -150,32 +143,24 @@ def ours(model: Any, ids: Any, *, median: bool) -> dict[str, Any]:
         x, (probs, block) = logits.pop(), args
         rows = slice(block.start, block.start + probs.shape[2])
         last = block.seen_by_all[1]
-        seen = torch.mul(
-            probs[..., :last], x[..., :last], out=buffer[: x[..., :last].numel()].view(*x.shape[:3], last)
-        )
-        mean = seen.sum(-1) + (probs[..., last:] * x[..., last:]).nan_to_num_(0.0).sum(-1)
-        lse[:, rows] = (x.amax(-1) - probs.amax(-1).log())[0]
-        entropy[:, rows] = lse[:, rows] - mean[0]
-
-    def refine(quantile: ExactQuantile) -> Callable[..., None]:
-        def see(name: str, module: Any, args: Any, output: Any) -> None:
-            for part in args[1].visible_parts(args[0]):
-                quantile.add(part)
-
-        return see
+        mean = np.vecdot(probs[..., :last].numpy(), x[..., :last].numpy())
+        mean += (probs[..., last:] * x[..., last:]).nan_to_num_(0.0).sum(-1).numpy()
+        lse[:, rows] = log_sum_exp(x, probs)[0]
+        entropy[:, rows] = lse[:, rows] - torch.from_numpy(mean[0])
 
     exact = None
     with attention_sites(model):
         with (
             watch(model, "*.attn_logits", see_logits),
             watch(model, "*.attn_probs", see_probs),
-            watch(model, "*.o_proj", lambda name, module, args, output: outputs.append(args[0])),
+            watch(model, "*.out_proj", lambda name, module, args, output: outputs.append(args[0])),
         ):
-            model.model(ids, use_cache=False)
+            model.model.decoder(ids, use_cache=False)
         if median:
             quantile = ExactQuantile(histogram)
-            with watch(model, "*.attn_logits", refine(quantile), stop=True):
-                model.model(ids, use_cache=False)
+            attention_layers(model)[-1][1].attn_logits = second_pass(quantile)
+            with contextlib.suppress(EarlyStop):
+                model.model.decoder(ids, use_cache=False)
             exact = quantile.value()
     value, columns = moments.value(), top.value()
     third = value.skewness * value.variance**1.5
@@ -188,6 +173,35 @@ def ours(model: Any, ids: Any, *, median: bool) -> dict[str, Any]:
         "output": float(outputs[0].double().square().mean()),
         "median": exact,
     }
+
+
+def second_pass(quantile: Any) -> Any:
+    """A module for the last layer's attn_logits that sees every block before any is used, then ends the forward."""
+    from torch import nn
+
+    from probes.hooks import EarlyStop
+
+    class SecondPass(nn.Module):
+        spans_rows = True
+
+        def begin(self) -> None:
+            """Nothing to forget."""
+
+        def observe(self, x_BHqt: Any, block: Any) -> None:
+            for part in block.visible_parts(x_BHqt):
+                quantile.add(part)
+
+        def forward(self, x_BHqt: Any, block: Any) -> Any:
+            raise EarlyStop
+
+    return SecondPass()
+
+
+def log_sum_exp(x_BHqt: Any, probs_BHqt: Any) -> Any:
+    """x - log p is the same for every key: of key 0, which every query sees, or the largest where that underflows."""
+    if float(probs_BHqt[..., 0].amin()) > 1e-30:
+        return x_BHqt[..., 0] - probs_BHqt[..., 0].log()
+    return x_BHqt.amax(-1) - probs_BHqt.amax(-1).log()
 
 
 def run_side(side: str, length: int, *, median: bool) -> dict[str, Any]:
@@ -204,10 +218,13 @@ def run_side(side: str, length: int, *, median: bool) -> dict[str, Any]:
             return eager(*tensors, median=median) if side == "eager" else ours(model, ids, median=median)
 
         compute(short, tuple(each[:, :, :256].contiguous() for each in tensors))
-        before, start = _peak(), time.process_time()
+        before = _peak()
         result = compute(ids, tensors)
+        growth, start = _peak() - before, time.process_time()
+        again = compute(ids, tensors)
         seconds = time.process_time() - start
-    return {"seconds": seconds, "growth": _peak() - before, "result": result}
+    assert again == result
+    return {"seconds": seconds, "growth": growth, "result": result}
 
 
 def _peak() -> float:

@@ -44,11 +44,11 @@ NAME = "attention_sites"
 ROW_STEP = 16
 """Rows enter a product in multiples of this, so that a row's bits do not depend on its neighbours."""
 KEY_STEP = 128
-"""Keys enter a block in multiples of this; they are summed in chunks of as many, at fixed places, for the same reason.
-A long sequence takes larger chunks, `LONG_STEP`, since each costs a call and the waste at the diagonal matters less."""
+"""Keys enter a block in multiples of this, for the same reason."""
 LONG_STEP, LONG = 512, 2048
-BLOCK_ELEMENTS = 1 << 20
-"""Logits in a block when no size is given: 4 MiB of float32, little more than one core's cache."""
+"""Keys are summed in chunks at fixed places: of `KEY_STEP` keys, or of `LONG_STEP` where there are `LONG` or more."""
+BLOCK_ELEMENTS = 1 << 21
+"""Logits in a block when no size is given: 8 MiB of float32. Smaller blocks cost more in calls than cache saves."""
 
 
 class _Session:
@@ -147,7 +147,7 @@ class _Call:
 
     def __post_init__(self) -> None:
         self.num_keys = self.key.shape[2]
-        self.key_step = KEY_STEP if self.num_keys < LONG else LONG_STEP
+        self.chunk = KEY_STEP if self.num_keys < LONG else LONG_STEP
         self._scratch: dict[str, Tensor] = {}
 
     def blocks(self) -> Iterator[QueryBlock]:
@@ -156,8 +156,8 @@ class _Call:
         for start in range(0, num_queries, self.block_size):
             stop = min(num_queries, start + self.block_size)
             reach = self.mask.reach(start, stop)
-            first = reach.first // self.key_step * self.key_step
-            last = min(num_keys, -(-reach.last // self.key_step) * self.key_step)
+            first = reach.first // self.chunk * self.chunk
+            last = min(num_keys, -(-reach.last // KEY_STEP) * KEY_STEP)
             yield QueryBlock(
                 visible=self.mask.visible(start, stop, first, last),
                 start=start,
@@ -199,14 +199,19 @@ class _Call:
         """[B, q, H, d]: probabilities times values."""
         batch, heads, rows, keys = probs_BHqt.shape
         probs = _pad_rows(probs_BHqt).reshape(self.value.shape[0], -1, keys)
-        value = self.value[:, block.key_start : block.key_start + keys]
         # Sums in chunks only where they are not rounded to fewer bits between chunks.
         exact = probs.dtype in (torch.float32, torch.float64) and probs.device.type == "cpu"
-        step = self.key_step if exact else keys
-        out = torch.bmm(probs[..., :step], value[:, :step])
-        for chunk in range(step, keys, step):
-            out = torch.baddbmm(out, probs[..., chunk : chunk + step], value[:, chunk : chunk + step])
-        return out.view(batch, heads, -1, value.shape[-1])[:, :, :rows].transpose(1, 2)
+        step = self.chunk if exact else keys
+        out = probs.new_zeros(*probs.shape[:2], self.value.shape[-1])
+        for start in range(0, keys, step):
+            part = probs[..., start : start + step]
+            value = self.value[:, block.key_start + start :][:, :step]
+            if (
+                exact and part.shape[-1] < value.shape[1]
+            ):  # the last chunk is as long in every block: its sum is the same
+                part = F.pad(part, (0, value.shape[1] - part.shape[-1]))
+            out = torch.baddbmm(out, part, value[:, : part.shape[-1]])
+        return out.view(batch, heads, -1, out.shape[-1])[:, :, :rows].transpose(1, 2)
 
     def _buffer(self, name: str, like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
         """Memory of the call's largest block, used again by every block: fresh pages would cost as much as a softmax.

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -69,7 +68,7 @@ class LogitCollector:
             return np.stack([*places, column + block.key_start], axis=1)
 
         def offer(topk: TopK) -> None:
-            topk.add(x_BHqt.masked_fill(~block.visible, torch.nan), place)
+            topk.add(x_BHqt, place, block.visible)
 
         statistics.add(block.visible_parts(x_BHqt), offer)
 

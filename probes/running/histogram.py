@@ -36,25 +36,26 @@ class Histogram:
 
     def add(self, x: Tensor) -> None:
         """Take in a tensor of any shape and floating dtype."""
-        x = x.detach()
-        self.add_magnitudes(self.finite(x).abs())
+        self.add_finite(self.finite(x.detach()))
 
     def finite(self, x: Tensor) -> Tensor:
         """x without its NaN and infinities, which are counted; x itself when it has none."""
-        if not x.numel() or bool(x.abs().amax() < torch.inf):
+        if not x.numel() or bool(torch.maximum(x.amax(), -x.amin()) < torch.inf):
             return x
         self.nan += int(x.isnan().sum())
         self.pos_inf += int((x == torch.inf).sum())
         self.neg_inf += int((x == -torch.inf).sum())
         return x[x.isfinite()]
 
-    def add_magnitudes(self, magnitudes: Tensor) -> None:
-        """Take in values known to be finite and >= 0."""
-        if magnitudes.numel():
-            bits = magnitudes.float().contiguous().view(torch.int32).flatten()
-            if self.only_bfloat16 and magnitudes.dtype != torch.bfloat16:
-                self.only_bfloat16 = not bool((bits & 0xFFFF).any())
-            self.counts += torch.bincount(bits >> 16, minlength=NUM_BUCKETS).cpu().numpy()
+    def add_finite(self, x: Tensor) -> None:
+        """Take in values known to be finite."""
+        if not x.numel():
+            return
+        bits = x.float().view(torch.int32)
+        if self.only_bfloat16 and x.dtype != torch.bfloat16:
+            self.only_bfloat16 = not bool((bits & 0xFFFF).any())
+        buckets = (bits >> 16).bitwise_and_(0x7FFF).flatten()  # the sign goes with the mask: no |x| is needed
+        self.counts += torch.bincount(buckets, minlength=NUM_BUCKETS).cpu().numpy()
 
     def merge(self, other: "Histogram") -> None:
         """Take in what another has counted."""

@@ -26,11 +26,12 @@ class Magnitudes:
         """
         peak = -1.0
         for part in parts:
-            magnitudes = part.abs()
-            largest = float(magnitudes.amax())
-            if not largest < torch.inf:
-                magnitudes, largest = self.histogram.finite(part).abs(), torch.inf
-            self.histogram.add_magnitudes(magnitudes)
+            largest = float(torch.maximum(part.amax(), -part.amin()))
+            if largest < torch.inf:
+                self.histogram.add_finite(part)
+            else:
+                self.histogram.add(part)
+                largest = torch.inf
             self.moments.add(part)
             peak = max(peak, largest)
         if peak >= self.topk.threshold:

@@ -28,8 +28,12 @@ class ExactQuantile:
         """Take in a tensor of any shape, of the same stream as the first pass."""
         bits = x.detach().float().abs().view(torch.int32).flatten()
         # The high bits equal the bucket's just where xor leaves only low bits; NaN and infinities never do.
-        low = bits.bitwise_xor_(self.bucket << 16)
-        low = low[(low < 1 << 16).nonzero().flatten()]
+        bits.bitwise_xor_(self.bucket << 16)
+        if bits.device.type == "cpu":  # numpy compares and selects in half of torch's time
+            found = bits.numpy()
+            low = torch.from_numpy(found[found < 1 << 16])
+        else:
+            low = bits[bits < 1 << 16]
         self.counts += torch.bincount(low, minlength=1 << 16).cpu().numpy()
 
     def merge(self, other: "ExactQuantile") -> None:

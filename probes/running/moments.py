@@ -2,13 +2,14 @@
 
 A tensor gives its sums of powers in float64, around its mean where that is far from 0, so that an offset costs no
 digits. They are turned into power sums as exact dyadic rationals, which add without rounding: merging is associative,
-and the only rounding is inside one tensor. Relative to sum |x - mean|^p of the whole, that is below 1e-13 for any split.
+and the only rounding is inside one tensor: relative to sum |x - mean|^p of the whole below 1e-13, for any split.
 """
 
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isfinite
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class Moments:
         """Take in a tensor of any shape; NaN and infinities are passed over."""
         x = x.detach()
         n, shift, sums = x.numel(), 0.0, _power_sums(x, 0.0)
-        if not all(map(isfinite, sums)):
+        if not all(map(math.isfinite, sums)):
             x = x[x.isfinite()]
             n, sums = x.numel(), _power_sums(x, 0.0)
         # Around 0, an offset of two standard deviations costs no more than two digits; a larger one is taken off.
@@ -103,33 +104,41 @@ class Moments:
 
 def _power_sums(x: Tensor, shift: float) -> tuple[float, float, float, float]:
     """sum (x - shift)^p for p = 1..4, in float64, chunk by chunk in one buffer."""
-    sums = [0.0, 0.0, 0.0, 0.0]
-    for chunk in _chunks(x):
-        deviation, square = (row[: chunk.numel()] for row in _buffers(x.device))
-        deviation.view(chunk.shape).copy_(chunk)
-        if shift:
-            deviation -= shift
-        torch.mul(deviation, deviation, out=square)
-        found = (deviation.sum(), square.sum(), square.dot(deviation), square.dot(square))
-        sums = [total + float(each) for total, each in zip(sums, found, strict=True)]
-    return sums[0], sums[1], sums[2], sums[3]
+    first, products = [], x.new_zeros(2, 2, dtype=torch.float64)
+    for shape, chunks in _chunks(x):
+        powers = _buffer(x.device)[:, : math.prod(shape)]
+        (deviation, square), transposed = powers, powers.t()
+        target = deviation.view(shape)
+        for chunk in chunks:
+            target.copy_(chunk)
+            if shift:
+                deviation -= shift
+            torch.mul(deviation, deviation, out=square)
+            first.append(deviation.sum())
+            products.addmm_(powers, transposed)  # of (x - shift) and its square, with each other
+    (d2, d3), (_, d4) = products.tolist()
+    return float(torch.stack(first).sum()) if first else 0.0, d2, d3, d4
 
 
-def _buffers(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two chunks of float64, the same for every call of a thread: fresh pages would cost as much as the sums."""
-    held: dict[torch.device, tuple[Tensor, Tensor]] = _scratch.__dict__.setdefault("buffers", {})
+def _buffer(device: torch.device) -> Tensor:
+    """[2, CHUNK] of float64, the same for every call of a thread: fresh pages would cost as much as the sums."""
+    held: dict[torch.device, Tensor] = _scratch.__dict__.setdefault("buffers", {})
     if device not in held:
-        held[device] = tuple(torch.empty(2, CHUNK, dtype=torch.float64, device=device))
+        held[device] = torch.empty(2, CHUNK, dtype=torch.float64, device=device)
     return held[device]
 
 
-def _chunks(x: Tensor) -> Iterator[Tensor]:
-    """x in parts of at most `CHUNK` values; a strided tensor by rows, so that it is read once and not copied."""
-    if x.is_contiguous() or x.ndim < 2:
-        yield from x.flatten().split(CHUNK)
-        return
-    for columns in x.reshape(-1, x.shape[-1]).split(CHUNK, dim=1):
-        yield from columns.split(max(1, CHUNK // columns.shape[1]))
+def _chunks(x: Tensor) -> Iterator[tuple[torch.Size, list[Tensor]]]:
+    """x in parts of at most `CHUNK` values, those of one shape together.
+
+    A strided tensor is cut by rows, so that it is read once and not copied.
+    """
+    flat = x.is_contiguous() or x.ndim < 2
+    for columns in (x.flatten()[None] if flat else x.reshape(-1, x.shape[-1])).split(CHUNK, dim=1):
+        if columns.numel():
+            chunks = columns.split(max(1, CHUNK // columns.shape[1]))
+            for shape, group in groupby(chunks, key=lambda chunk: chunk.shape):
+                yield shape, list(group)
 
 
 def _scaled(value: float) -> int:

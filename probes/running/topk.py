@@ -31,16 +31,37 @@ class TopK:
         """A value below this cannot enter; -inf until k are held."""
         return float(self.values[-1]) if len(self.values) == self.k else -np.inf
 
-    def add(self, x: Tensor, place: Callable[[NDArray[np.int64]], NDArray[np.int64]]) -> None:
-        """Offer |x|, any shape; NaN and infinities are passed over.
+    def add(
+        self,
+        x: Tensor,
+        place: Callable[[NDArray[np.int64]], NDArray[np.int64]],
+        visible: Tensor | None = None,
+    ) -> None:
+        """Offer |x|, any shape with at least one axis; NaN and infinities are passed over.
 
         Args:
             place: positions in the flattened x, int64 [n] -> their places, int64 [n, columns].
+            visible: bool, broadcastable to x with as many axes; the rest is left out.
         """
-        x = x.detach().abs().flatten()
-        rows = _candidates(x, max(self.threshold, 0.0), self.k)
-        values = x[rows].double().cpu().numpy()
-        positions = rows.cpu().numpy()
+        x = x.detach()
+        rows = x.reshape(-1, x.shape[-1])
+        kept = torch.arange(len(rows), device=x.device)
+        if self.threshold > 0:  # most rows hold nothing large enough
+            kept = (
+                torch.maximum(rows.amax(-1), -rows.amin(-1))
+                .nan_to_num(torch.inf)
+                .ge(self.threshold)
+                .nonzero()[:, 0]
+            )
+            if not len(kept):
+                return
+            rows = rows[kept]
+        magnitudes = rows.abs()
+        if visible is not None:
+            magnitudes = magnitudes.masked_fill(~_rows_of(visible, x.shape, kept), torch.nan)
+        found = _candidates(magnitudes.flatten(), max(self.threshold, 0.0), self.k)
+        values = magnitudes.flatten()[found].double().cpu().numpy()
+        positions = (kept[found // x.shape[-1]] * x.shape[-1] + found % x.shape[-1]).cpu().numpy()
         for start in range(0, len(values), CHUNK):
             chunk = slice(start, start + CHUNK)
             self._take(
@@ -71,6 +92,13 @@ class TopK:
         places = np.concatenate([self.places, places])
         order = np.lexsort((*places.T[::-1], -values))[: self.k]
         self.values, self.places = values[order], places[order]
+
+
+def _rows_of(visible: Tensor, shape: torch.Size, rows: Tensor) -> Tensor:
+    """The rows of `visible`, broadcast to the shape, by their number: [n, last axis]."""
+    places = torch.unravel_index(rows, shape[:-1]) if len(shape) > 1 else ()
+    index = tuple(at if size > 1 else at * 0 for at, size in zip(places, visible.shape[:-1], strict=True))
+    return visible[index].expand(len(rows), shape[-1]) if index else visible.expand(1, shape[-1])
 
 
 def _candidates(x: Tensor, threshold: float, k: int) -> Tensor:
