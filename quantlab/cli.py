@@ -8,13 +8,14 @@ object with --json), log and progress on stderr. Exit codes: 0 done, 1 a bug of 
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from quantlab import options
 from quantlab.errors import ConfigError, OutputError, UserError
 
 app = typer.Typer(
@@ -40,57 +41,32 @@ class Topic(StrEnum):
     statistics = "statistics"
 
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Folder or hub id (Hugging Face), or .gguf file.")
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any other field of the configuration."),
-]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for records and report [runs/NAME].")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or auto.")]
-Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-TrustRemoteCode = Annotated[
-    bool | None, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
-]
-Seed = Annotated[int | None, typer.Option(help="Seed of every draw.")]
-Text = Annotated[Path | None, typer.Option(help="UTF-8 text file [WikiText-2 raw test].")]
-SequenceLength = Annotated[int | None, typer.Option(help="Tokens in a block of text.")]
-NumSequences = Annotated[int | None, typer.Option(help="Blocks of text.")]
-BatchSize = Annotated[str | None, typer.Option(metavar="N|auto", help="Documents in one forward pass.")]
-Workers = Annotated[int | None, typer.Option(help="Processes, each with a model of its own.")]
-Limit = Annotated[int | None, typer.Option(help="The first N documents of one fixed permutation.")]
-Skip = Annotated[list[str] | None, typer.Option(help="Pattern of linears that stay at 16 bits.")]
-
-
 @app.command()
 def profile(
-    model: Model,
-    text: Text = None,
-    sequence_length: SequenceLength = None,
-    num_sequences: NumSequences = None,
+    model: options.Model,
+    text: options.Text = None,
+    sequence_length: options.SequenceLength = None,
+    num_sequences: options.NumSequences = None,
     sampling: Annotated[str | None, typer.Option(help="first, or draw (seeded).")] = None,
-    seed: Seed = None,
+    seed: options.Seed = None,
     top_k: Annotated[int | None, typer.Option(help="Largest magnitudes kept with their place.")] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = None,
-    out: Out = None,
-    set_: Set = None,
-    json_: Json = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = None,
+    out: options.Out = None,
+    set_: options.Set = None,
+    json_: options.Json = False,
 ) -> None:
     """Outliers of one checkpoint: attention logits and hidden states, with their place."""
     from quantlab import tables
 
-    blocks = _given(
+    blocks = options.given(
         path=text, sequence_length=sequence_length, num_sequences=num_sequences, sampling=sampling, seed=seed
     )
-    config = _config(
-        [_checkpoint(model, device, dtype, revision, trust_remote_code)],
-        {"profile": _given(top_k=top_k) | {"text": blocks}, "evaluation": None},
+    config = options.build(
+        [options.checkpoint(model, device, dtype, revision, trust_remote_code)],
+        {"profile": options.given(top_k=top_k) | {"text": blocks}, "evaluation": None},
         out,
         set_,
     )
@@ -101,48 +77,50 @@ def profile(
 
 @app.command()
 def evaluate(
-    model: Model,
+    model: options.Model,
     scheme: Annotated[str, typer.Option(help="Scheme to score; `quantlab list schemes`.")] = "w16",
     tasks: Annotated[str | None, typer.Option(help="hellaswag,perplexity or one of them.")] = None,
-    limit: Limit = None,
+    limit: options.Limit = None,
     items: Annotated[str | None, typer.Option(metavar="A:B", help="HellaSwag documents by position.")] = None,
     hellaswag: Annotated[Path | None, typer.Option(help="HellaSwag file [the validation split].")] = None,
-    text: Text = None,
-    sequence_length: SequenceLength = None,
-    num_sequences: NumSequences = None,
+    text: options.Text = None,
+    sequence_length: options.SequenceLength = None,
+    num_sequences: options.NumSequences = None,
     sampling: Annotated[str | None, typer.Option(help="Blocks of text: first, or draw (seeded).")] = None,
-    seed: Seed = None,
+    seed: options.Seed = None,
     bos: Annotated[str | None, typer.Option(help="auto, always or never.")] = None,
-    batch_size: BatchSize = None,
+    batch_size: options.BatchSize = None,
     kernel: Annotated[str | None, typer.Option(help="integer, or simulated in floats.")] = None,
-    skip: Skip = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = None,
-    out: Out = None,
-    set_: Set = None,
-    json_: Json = False,
+    skip: options.Skip = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = None,
+    out: options.Out = None,
+    set_: options.Set = None,
+    json_: options.Json = False,
 ) -> None:
     """HellaSwag and perplexity of one checkpoint, or of one scheme of it."""
     from quantlab import tables
     from quantlab.schemes import Scheme
 
     name = Scheme.parse(scheme).name
-    blocks = _given(
+    blocks = options.given(
         path=text, sequence_length=sequence_length, num_sequences=num_sequences, sampling=sampling, seed=seed
     )
-    config = _config(
-        [_checkpoint(model, device, dtype, revision, trust_remote_code)],
+    config = options.build(
+        [options.checkpoint(model, device, dtype, revision, trust_remote_code)],
         {
             "profile": None,
             "schemes": [name],
-            "evaluation": _given(tasks=tasks and tasks.split(","), bos=bos, batch_size=_count(batch_size))
+            "evaluation": options.given(
+                tasks=tasks and tasks.split(","), bos=bos, batch_size=options.count(batch_size)
+            )
             | {
-                "hellaswag": _given(path=hellaswag, limit=limit, items=items, seed=seed),
+                "hellaswag": options.given(path=hellaswag, limit=limit, items=items, seed=seed),
                 "perplexity": blocks,
             },
-            "quantize": _given(kernel=kernel, skip=skip),
+            "quantize": options.given(kernel=kernel, skip=skip),
         },
         out,
         set_,
@@ -158,35 +136,37 @@ def sweep(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Checkpoints to compare.")],
     config_file: Annotated[Path | None, typer.Option("--config", help="YAML file with the grid.")] = None,
     schemes: Annotated[str | None, typer.Option(help="Scheme names, separated by commas.")] = None,
-    limit: Limit = None,
-    batch_size: BatchSize = None,
-    seed: Seed = None,
-    workers: Workers = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = None,
-    out: Out = None,
-    set_: Set = None,
-    json_: Json = False,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = None,
+    seed: options.Seed = None,
+    workers: options.Workers = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = None,
+    out: options.Out = None,
+    set_: options.Set = None,
+    json_: options.Json = False,
 ) -> None:
     """Every scheme of a grid, scored on every checkpoint, and a report."""
     from quantlab.config import merged, read_yaml, run_name
 
     tree = read_yaml(config_file) if config_file else {}
-    places = {"hellaswag": _given(limit=limit, seed=seed), "perplexity": _given(seed=seed)}
-    options: dict[str, Any] = {
-        "evaluation": _sections(_given(batch_size=_count(batch_size)) | places),
-        "profile": _sections({"text": _given(seed=seed)}),
-        "sweep": _given(workers=workers),
+    places = {"hellaswag": options.given(limit=limit, seed=seed), "perplexity": options.given(seed=seed)}
+    asked: dict[str, Any] = {
+        "evaluation": options.sections(options.given(batch_size=options.count(batch_size)) | places),
+        "profile": options.sections({"text": options.given(seed=seed)}),
+        "sweep": options.given(workers=workers),
     }
     # A section that the file sets to null stays left out.
-    given = {name: value for name, value in _sections(options).items() if tree.get(name, value) is not None}
-    shared = _shared_fields(tree.pop("checkpoints", None))
+    given = {
+        name: value for name, value in options.sections(asked).items() if tree.get(name, value) is not None
+    }
+    shared = options.shared_fields(tree.pop("checkpoints", None))
     grid = run_name(str(tree.pop("name", "sweep")))
-    config = _config(
-        [shared | _checkpoint(model, device, dtype, revision, trust_remote_code) for model in models],
-        merged(tree, given | _given(schemes=schemes and schemes.split(","))),
+    config = options.build(
+        [shared | options.checkpoint(model, device, dtype, revision, trust_remote_code) for model in models],
+        merged(tree, given | options.given(schemes=schemes and schemes.split(","))),
         out,
         set_,
         where=str(config_file or "options"),
@@ -198,29 +178,31 @@ def sweep(
 @app.command()
 def run(
     config_file: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A whole run as one file.")],
-    workers: Workers = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    out: Out = None,
-    set_: Set = None,
-    json_: Json = False,
+    workers: options.Workers = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    out: options.Out = None,
+    set_: options.Set = None,
+    json_: options.Json = False,
 ) -> None:
     """A whole run as one file: profile, sweep, export and report."""
     from quantlab.config import build_config, merged, read_yaml
 
-    options = _given(out=out) | _sections({"sweep": _given(workers=workers)})
-    places = [f"checkpoints.{name}={value}" for name, value in _given(device=device, dtype=dtype).items()]
-    tree = merged(read_yaml(config_file), options)
+    asked = options.given(out=out) | options.sections({"sweep": options.given(workers=workers)})
+    places = [
+        f"checkpoints.{name}={value}" for name, value in options.given(device=device, dtype=dtype).items()
+    ]
+    tree = merged(read_yaml(config_file), asked)
     _finish(build_config(tree, [*places, *(set_ or ())], where=str(config_file)), json_)
 
 
 @app.command()
 def quantize(
-    model: Model,
+    model: options.Model,
     scheme: Annotated[str, typer.Option(help="Scheme whose weights are written.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     format_: Annotated[str | None, typer.Option("--format", help="`quantlab list formats`.")] = None,
-    skip: Skip = None,
+    skip: options.Skip = None,
     overwrite: Annotated[
         bool | None, typer.Option("--overwrite", help="Replace the folder once the new one is complete.")
     ] = None,
@@ -229,24 +211,24 @@ def quantize(
         list[Path] | None,
         typer.Option(help="Run folders whose matching scores go on the model card [runs/*]."),
     ] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = None,
-    set_: Set = None,
-    json_: Json = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = None,
+    set_: options.Set = None,
+    json_: options.Json = False,
 ) -> None:
     """Low-bit weights in a folder that other engines load."""
     from quantlab import tables
 
-    options = _given(format=format_, overwrite=overwrite, max_shard_size=max_shard_size, records=records)
-    config = _config(
-        [_checkpoint(model, device, dtype, revision, trust_remote_code)],
+    asked = options.given(format=format_, overwrite=overwrite, max_shard_size=max_shard_size, records=records)
+    config = options.build(
+        [options.checkpoint(model, device, dtype, revision, trust_remote_code)],
         {
             "profile": None,
             "evaluation": None,
-            "quantize": _given(skip=skip),
-            "export": {"scheme": scheme, "out": out} | options,
+            "quantize": options.given(skip=skip),
+            "export": {"scheme": scheme, "out": out} | asked,
         },
         None,
         set_,
@@ -257,7 +239,8 @@ def quantize(
 
 @app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run.")], json_: Json = False
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run.")],
+    json_: options.Json = False,
 ) -> None:
     """(Re)build the report of a run from its records."""
     from quantlab import tables
@@ -267,7 +250,7 @@ def report(
 
 
 @app.command("list")
-def list_(topic: Annotated[Topic, typer.Argument(help="What to list.")], json_: Json = False) -> None:
+def list_(topic: Annotated[Topic, typer.Argument(help="What to list.")], json_: options.Json = False) -> None:
     """What there is, one line each."""
     from quantlab import tables
 
@@ -282,7 +265,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _exit_code(arguments: list[str]) -> int:
     try:
-        code = app([_dashed(argument) for argument in arguments], prog_name="quantlab", standalone_mode=False)
+        code = app(
+            [options.dashed(argument) for argument in arguments], prog_name="quantlab", standalone_mode=False
+        )
     except UserError as error:
         return _complain(error, 2)
     except USAGE_ERROR as error:
@@ -299,54 +284,6 @@ def _complain(message: object, code: int) -> int:
     notes = "".join(f" ({note})" for note in getattr(message, "__notes__", ()))
     sys.stderr.write(f"quantlab: {message}{notes}\n")
     return code
-
-
-def _dashed(argument: str) -> str:
-    """`--batch_size=8` as `--batch-size=8`: the field writes options both ways."""
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that the user gave; the others keep the configuration's defaults."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _sections(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options without the sections in which nothing was given."""
-    return {name: value for name, value in options.items() if value != {}}
-
-
-def _shared_fields(checkpoints: Any) -> dict[str, Any]:
-    """What the checkpoints of a grid's file say besides their path: dtype and device for the models that are swept."""
-    first = checkpoints[0] if isinstance(checkpoints, list) and checkpoints else {}
-    return {name: value for name, value in first.items() if name in ("dtype", "device")} if first else {}
-
-
-def _count(text: str | None) -> int | str | None:
-    return int(text) if text is not None and text.isdecimal() else text
-
-
-def _checkpoint(
-    path: str, device: str | None, dtype: str | None, revision: str | None, trust_remote_code: bool | None
-) -> dict[str, Any]:
-    return {"path": path} | _given(
-        device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code or None
-    )
-
-
-def _config(
-    checkpoints: list[dict[str, Any]],
-    tree: Mapping[str, Any],
-    out: Path | None,
-    overrides: list[str] | None,
-    where: str = "options",
-    name: str | None = None,
-) -> Any:
-    from quantlab.config import build_config, run_name
-
-    named = {"name": name or run_name(checkpoints[0]["path"]), "checkpoints": checkpoints} | _given(out=out)
-    return build_config(dict(tree) | named, overrides or (), where=where)
 
 
 def _execute(config: Any, only: tuple[str, str] | None = None) -> list[Any]:

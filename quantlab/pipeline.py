@@ -81,9 +81,8 @@ def check(config: RunConfig) -> tuple[list[CheckpointInfo], dict[str, str], int 
             check_shapes(Scheme.parse(name), info.linears, config.quantize.skip)
     if config.export is not None:
         find_format(config.export.format).check(Scheme.parse(config.export.scheme))
-        check_destination(
-            export_folder(config), overwrite=config.export.overwrite or config.export.out is None
-        )
+        overwrite = config.export.overwrite or config.export.out is None
+        check_destination(export_folder(config), overwrite=overwrite, sources=[infos[0].path])
     return infos, *_check_data(config)
 
 

@@ -22,6 +22,7 @@ TORCH_FREE = [
     "quantlab.records",
     "quantlab.statistics",
     "quantlab.cli",
+    "quantlab.options",
     "quantlab.pipeline",
     "quantlab.tables",
     "quantlab.progress",
