@@ -49,10 +49,12 @@ class PerplexityScores:
         items = self.items()
         nats = statistics.ratio(items["nats"], items["num_tokens"])
         return {
+            "n": len(self.nats_N),
             "num_tokens": int(items["num_tokens"].sum()),
             "num_blocks": len(self.nats_N),
             **nats.summary("nats_per_token"),
             "perplexity": _exp(nats.value),
+            "perplexity_stderr": _exp_stderr(nats.value, nats.stderr),
             "perplexity_interval": [_exp(nats.low), _exp(nats.high)],
             "sequence_length": self.sequence_length,
             "bos": "never: none",
@@ -104,3 +106,9 @@ def _nats(model: Any, ids_BT: Ids) -> NDArray[np.float64]:
 def _exp(nats: float) -> float | None:
     """exp(nats), or null where that is not a finite number."""
     return math.exp(nats) if nats < math.log(np.finfo(np.float64).max) and math.isfinite(nats) else None
+
+
+def _exp_stderr(nats: float, stderr: float) -> float | None:
+    """Standard error of exp(nats) to first order: exp(x) dx. Null where it is not a finite number."""
+    value = _exp(nats)
+    return value * stderr if value is not None and math.isfinite(stderr) else None

@@ -75,3 +75,12 @@ def test_texts_that_do_not_fit_the_model_are_refused() -> None:
         evaluate_perplexity(toy_model("gpt2", n_positions=32), blocks())
     with pytest.raises(CheckpointError, match=r"gives id \d+, the embedding has 100 rows"):
         evaluate_perplexity(toy_model("llama", vocab_size=100), blocks())
+
+
+def test_the_standard_error_of_a_perplexity_is_that_of_its_nats_to_first_order() -> None:
+    """The interval of nats half as wide: (exp(x + h) - exp(x - h)) / 2h tends to exp(x)."""
+    scores = PerplexityScores(np.array([100.0, 101.0, 99.5]), np.arange(3), 51, "0" * 64, "toy")
+    summary = scores.summary()
+    x, h = summary["nats_per_token"], summary["nats_per_token_stderr"]
+    expected = (math.exp(x + h) - math.exp(x - h)) / 2
+    assert summary["perplexity_stderr"] == pytest.approx(expected, rel=h * h) and summary["n"] == 3
