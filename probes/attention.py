@@ -14,17 +14,12 @@ Against the eager implementation in float32, each logit differs by at most 2 gam
 the largest logit difference plus gamma_T, each output by that times sum_j p_j |v_j| plus gamma_T of the same.
 A query that sees no key (padding) gives zeros, as SDPA does.
 
-Bits do not depend on the block size on a CPU in float32: rows enter products in multiples of 16, and keys are summed
-in chunks of 128 at fixed places.
-
-Letters: B sequences, H query heads, K key heads, N = H / K, q query rows of a block, t keys of a block, d channels.
+Letters: B sequences, H query heads, K key heads, q query rows of a block, T keys, d channels.
 """
 
-import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,20 +30,12 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from probes.errors import ProbeError
 from probes.hooks import around
-from probes.masks import Mask, as_mask, mask_rule
-from probes.sites import QueryBlock, Site, attention_layers, decoder_stack
+from probes.mask_rules import as_mask, mask_rule
+from probes.query_blocks import AttentionCall, rows_of_block
+from probes.sites import Site, attention_layers, decoder_stack
 
 NAME = "attention_sites"
 """Under which the attention function and its mask function are registered with transformers."""
-
-ROW_STEP = 16
-"""Rows enter a product in multiples of this, so that a row's bits do not depend on its neighbours."""
-KEY_STEP = 128
-"""Keys enter a block in multiples of this, for the same reason."""
-LONG_STEP, LONG = 512, 2048
-"""Keys are summed in chunks at fixed places: of `KEY_STEP` keys, or of `LONG_STEP` where there are `LONG` or more."""
-BLOCK_ELEMENTS = 1 << 21
-"""Logits in a block when no size is given: 8 MiB of float32. Smaller blocks cost more in calls than cache saves."""
 
 
 class _Session:
@@ -130,115 +117,6 @@ def _configs(model: nn.Module) -> list[PreTrainedConfig]:
     return [config for config in found.values() if isinstance(config, PreTrainedConfig)]
 
 
-@dataclass
-class _Call:
-    """One attention call, its keys and values laid out once."""
-
-    query: Tensor
-    """[B, H, queries, d]."""
-    key: Tensor
-    """[B * K, d, T]."""
-    value: Tensor
-    """[B * K, T, d]."""
-    mask: Mask
-    scaling: float
-    softcap: float | None
-    block_size: int
-
-    def __post_init__(self) -> None:
-        self.num_keys = self.key.shape[2]
-        self.chunk = KEY_STEP if self.num_keys < LONG else LONG_STEP
-        self._scratch: dict[str, Tensor] = {}
-
-    def blocks(self) -> Iterator[QueryBlock]:
-        """The blocks in order, with what each may see."""
-        num_queries, num_keys = self.query.shape[2], self.num_keys
-        for start in range(0, num_queries, self.block_size):
-            stop = min(num_queries, start + self.block_size)
-            reach = self.mask.reach(start, stop)
-            first = reach.first // self.chunk * self.chunk
-            last = min(num_keys, -(-reach.last // KEY_STEP) * KEY_STEP)
-            yield QueryBlock(
-                visible=self.mask.visible(start, stop, first, last),
-                start=start,
-                key_start=first,
-                num_queries=num_queries,
-                num_keys=num_keys,
-                seen_by_all=(reach.all_first - first, reach.all_last - first),
-            )
-
-    def logits(self, block: QueryBlock) -> Tensor:
-        """[B, H, q, t]: scaled, soft-capped and biased, not masked."""
-        rows, keys = block.visible.shape[-2:]
-        batch, heads, _, width = self.query.shape
-        query = _pad_rows(self.query[:, :, block.start : block.start + rows])
-        query = query.reshape(self.key.shape[0], -1, width)
-        key = self.key[:, :, block.key_start : block.key_start + keys]
-        out = self._buffer("logits", query, (*query.shape[:2], keys), query.dtype)
-        logits = torch.baddbmm(query.new_zeros(1), query, key, beta=0, alpha=self.scaling, out=out)
-        logits = logits.view(batch, heads, -1, keys)[:, :, :rows]
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        bias = self.mask.bias(block.start, block.start + rows, block.key_start, block.key_start + keys)
-        return logits if bias is None else logits + bias
-
-    def probs(self, logits_BHqt: Tensor, block: QueryBlock) -> Tensor:
-        """[B, H, q, t]: softmax in float32 over what is visible; a query that sees nothing gets zeros."""
-        masked = logits_BHqt.clone() if logits_BHqt.requires_grad else logits_BHqt
-        first, last = block.seen_by_all
-        for a, b in ((0, first), (last, masked.shape[-1])) if last > first else ((0, masked.shape[-1]),):
-            if b > a:
-                masked[..., a:b].masked_fill_(~block.visible[..., a:b], -torch.inf)
-        out = self._buffer("probs", masked, masked.shape, torch.float32)
-        probs = torch.softmax(masked, -1, dtype=torch.float32, out=out).to(self.query.dtype)
-        if self.mask.reach(block.start, block.start + masked.shape[2]).blind:
-            probs = probs.masked_fill(~block.visible.any(-1, keepdim=True), 0.0)
-        return probs
-
-    def outputs(self, probs_BHqt: Tensor, block: QueryBlock) -> Tensor:
-        """[B, q, H, d]: probabilities times values."""
-        batch, heads, rows, keys = probs_BHqt.shape
-        probs = _pad_rows(probs_BHqt).reshape(self.value.shape[0], -1, keys)
-        # Sums in chunks only where they are not rounded to fewer bits between chunks.
-        exact = probs.dtype in (torch.float32, torch.float64) and probs.device.type == "cpu"
-        step = self.chunk if exact else keys
-        out = probs.new_zeros(*probs.shape[:2], self.value.shape[-1])
-        for start in range(0, keys, step):
-            part = probs[..., start : start + step]
-            value = self.value[:, block.key_start + start :][:, :step]
-            if (
-                exact and part.shape[-1] < value.shape[1]
-            ):  # the last chunk is as long in every block: its sum is the same
-                part = F.pad(part, (0, value.shape[1] - part.shape[-1]))
-            out = torch.baddbmm(out, part, value[:, : part.shape[-1]])
-        return out.view(batch, heads, -1, out.shape[-1])[:, :, :rows].transpose(1, 2)
-
-    def _buffer(self, name: str, like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
-        """Memory of the call's largest block, used again by every block: fresh pages would cost as much as a softmax.
-
-        None where a gradient is taken, which must keep every block.
-        """
-        if torch.is_grad_enabled():
-            return None
-        size = math.prod(shape)
-        if name not in self._scratch or self._scratch[name].numel() < size:
-            rows = size // shape[-1]
-            self._scratch[name] = torch.empty(rows * self.num_keys, dtype=dtype, device=like.device)
-        return self._scratch[name][:size].view(*shape)
-
-
-def _pad_rows(x_BHqd: Tensor) -> Tensor:
-    """Zero rows up to a multiple of `ROW_STEP`."""
-    missing = -x_BHqd.shape[2] % ROW_STEP
-    return F.pad(x_BHqd, (0, 0, 0, missing)) if missing else x_BHqd
-
-
-def _rows_of_block(asked: int | None, num_maps: int, num_keys: int) -> int:
-    """Rows of a block: what was asked, or what fits the cache and wastes little at the diagonal; a multiple of 16."""
-    rows = asked if asked is not None else min(256, num_keys // 8, BLOCK_ELEMENTS // (num_maps * num_keys))
-    return max(1, -(-rows // ROW_STEP)) * ROW_STEP
-
-
 def _attend(
     module: nn.Module,
     query: Tensor,
@@ -258,7 +136,7 @@ def _attend(
         )
     session: _Session = module.site_session  # type: ignore[assignment]
     causal = bool(kwargs.get("is_causal", getattr(module, "is_causal", True)))
-    call = _Call(
+    call = AttentionCall(
         query,
         key.reshape(-1, *key.shape[2:]).transpose(1, 2).contiguous(),
         value.reshape(-1, *value.shape[2:]).contiguous(),
@@ -272,14 +150,14 @@ def _attend(
         ),
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap,
-        _rows_of_block(session.block_size, query.shape[0] * query.shape[1], key.shape[2]),
+        rows_of_block(session.block_size, query.shape[0] * query.shape[1], key.shape[2]),
     )
     fresh = session.first_call(module, query, key, attention_mask)
     outputs = _walk(call, module, fresh=fresh, dropout=dropout if module.training else 0.0)
     return outputs, None
 
 
-def _walk(call: _Call, module: nn.Module, *, fresh: bool, dropout: float) -> Tensor:
+def _walk(call: AttentionCall, module: nn.Module, *, fresh: bool, dropout: float) -> Tensor:
     """All blocks through both sites; a site whose range spans rows is shown all of them first.
 
     Hooks see a block once: on the last walk, and only when the call shows new logits. Until then, and on a repeated

@@ -9,7 +9,7 @@ from torch import Tensor
 from probes.attention import attention_sites
 from probes.errors import ProbeError
 from probes.hooks import watch
-from probes.masks import mask_rule
+from probes.mask_rules import mask_rule
 from probes.sites import attention_layers
 from tests.probes.eager import SUPPORTED, Recorder, plain_attention, random_ids
 from tests.toys import toy_model
