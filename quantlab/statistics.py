@@ -20,6 +20,8 @@ from scipy import special
 
 CONFIDENCE = 0.95
 """Coverage of every interval."""
+TINY = 1e-15
+"""Probability below which a number of changes is left out of a sum."""
 
 Values = NDArray[np.float64]
 
@@ -139,18 +141,54 @@ def holm(p_values: ArrayLike) -> Values:
     return np.minimum(adjusted, 1.0)
 
 
-def minimum_detectable_effect(differences: ArrayLike, power: float = 0.8) -> float:
-    """Smallest true mean difference that a two-sided 5% paired t test finds with this power, in items' units.
+def minimum_detectable_effect(
+    num_items: int, num_changed: int, level: float = 0.05, power: float = 0.8
+) -> float:
+    """Smallest true difference of accuracies that `mcnemar_exact` finds at this level with this power.
 
-    delta = nc * std(ddof=1) / sqrt(n), nc solving P[noncentral t(n-1, nc) > t critical] = power; the far
-    tail, a miss in the wrong direction, is left out. inf for one item.
-    Source: Cohen 1988, Statistical Power Analysis, 2nd ed., section 2.3 (its noncentral t form).
+    Items change with the share observed, q = num_changed / num_items. Of those that do, (1 + delta/q)/2 go one way:
+    power(delta) = sum_d P[Binomial(n, q) = d] P[Binomial(d, (1 - delta/q)/2) <= k_d], with k_d the most changes the
+    other way at which d changes are still significant. Significance in the wrong direction does not count.
+
+    Args:
+        num_items, num_changed: items compared, and those that only one of the two got right.
+        level: two-sided; that of a family divided by its size is Holm's for the smallest p-value of the family.
+
+    Returns:
+        delta in (0, q], as a share of items; inf where even changes that all go one way, delta = q, are found too
+        rarely: at this n nothing can be resolved with so few changes.
+
+    Source: Duffy 1984, Biometrics 40(4), exact power.
     """
-    x = _items(differences)
-    df = len(x) - 1
-    if df == 0:
+    share = num_changed / num_items
+    d = np.arange(num_items + 1)
+    weights = special.bdtr(d, num_items, share)
+    weights[1:] -= weights[:-1].copy()
+    kept = weights > TINY
+    d, weights = d[kept], weights[kept]
+    allowed = _most_against(d, level)
+
+    def found(one_way: float) -> float:
+        hits = np.where(allowed >= 0, special.bdtr(np.maximum(allowed, 0), d, (1 - one_way) / 2), 0.0)
+        return float(weights @ hits)
+
+    if share == 0 or found(1.0) < power:
         return math.inf
-    return float(special.nctdtrinc(df, 1 - power, _t(df))) * _stderr(x)
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if found(middle) >= power else (middle, high)
+    return share * high
+
+
+def _most_against(d: NDArray[np.int64], level: float) -> NDArray[np.int64]:
+    """Largest k with 2 P[Binomial(d, 1/2) <= k] <= level, for each d; -1 where not even k = 0 is significant."""
+    # The normal quantile is within two of the exact one; walked down from there.
+    k = np.floor(d / 2 + special.ndtri(level / 2) * np.sqrt(d) / 2).astype(np.int64) + 3
+    k = np.minimum(k, d)
+    while (over := (k >= 0) & (2 * special.bdtr(np.maximum(k, 0), d, 0.5) > level)).any():
+        k = np.where(over, k - 1, k)
+    return np.maximum(k, -1)
 
 
 def _items(values: ArrayLike) -> Values:

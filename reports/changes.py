@@ -9,7 +9,6 @@ from quantlab.records import fingerprint
 from quantlab.statistics import (
     Estimate,
     mcnemar_exact,
-    minimum_detectable_effect,
     paired_difference,
     paired_ratio_difference,
 )
@@ -46,15 +45,12 @@ def changes(cell: Cell, baseline: Cell) -> dict[str, Any]:
 
 def _documents(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, Any]:
     right, was_right = ours["correct_norm"].to_numpy(float), theirs["correct_norm"].to_numpy(float)
-    detectable = minimum_detectable_effect(right - was_right)
     return {
         **_flat("margin_change", paired_difference(ours["margin"], theirs["margin"])),
         **_flat("acc_norm_change", paired_difference(right, was_right)),
         "won": int((right > was_right).sum()),
         "lost": int((right < was_right).sum()),
         "mcnemar_p": mcnemar_exact(right, was_right),
-        # No document changed: the spread that the power rests on is unknown, not zero.
-        "smallest_detectable": detectable if detectable > 0 else np.nan,
     }
 
 

@@ -5,7 +5,7 @@ that of nats per token above it. Otherwise no loss is measured, and the sentence
 """
 
 import math
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,8 @@ import pandas as pd
 from reports.entries import signed
 from reports.load import BASELINE, Run
 from reports.names import visible
-from reports.scores import ENDS, NO_EVIDENCE
+from reports.scores import CHANCE, ENDS, NO_EVIDENCE, SIGNIFICANT
 
-CHANCE = 0.25
-"""HellaSwag accuracy of guessing: one ending in four."""
-SIGNIFICANT = 0.05
-"""Adjusted p below which accuracy counts as changed."""
 TOLERANCE = 0.01
 """Growth of perplexity that counts as close to the baseline."""
 MOST_NATS = 700.0
@@ -88,14 +84,26 @@ def accuracy_finding(scores: pd.DataFrame) -> Finding | None:
             f"{count(len(rows), 'scheme')} from the baseline{_listed(told['scheme'])} (exact McNemar test of "
             f"acc_norm, Holm-adjusted p below {SIGNIFICANT})."
         )
-    detectable = 100 * tested["smallest_detectable"].dropna()
-    if len(detectable):
-        points.append(
-            f"To be found with 80% power, a true difference must reach {_span(detectable, '{:.1f}')} points, by how "
-            "many documents flip. What lies below is not resolved by accuracy: the paired margin and nats per "
-            "token are the numbers to read."
-        )
+    points.extend(_resolution(100 * tested["smallest_detectable"].dropna()))
     return Finding("What accuracy can tell", tuple(points), tuple(tested["ref"]))
+
+
+def _resolution(detectable: "pd.Series[float]") -> Iterator[str]:
+    """What the test could find, in points, with as many documents flipping as did."""
+    resolved = detectable[detectable < math.inf]
+    num_unresolved = len(detectable) - len(resolved)
+    if len(resolved):
+        yield (
+            "For this test to find it with 80% power, a true difference must reach "
+            f"{_span(resolved, '{:.1f}')} points, by how many documents flip."
+        )
+    if num_unresolved:
+        yield (
+            f"Under {num_unresolved} of {count(len(detectable), 'scheme')} so few documents flip that a difference "
+            "cannot be resolved at this n, even if all flips went one way."
+        )
+    if len(detectable):
+        yield "What accuracy does not resolve, the paired margin and nats per token may: read those."
 
 
 def _without_loss(rows: pd.DataFrame) -> str:

@@ -1,5 +1,6 @@
 """Tables of the frame that `reports.scores.scores` makes: the headline, and accuracy with its tests."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +10,8 @@ from reports.entries import Entry, change, number, probability, text, with_inter
 from reports.load import BASELINE
 from reports.tables import Table, grouped
 
-POWER = "80% power, two-sided 5%"
-"""Of the smallest detectable difference."""
+UNRESOLVED = "not at this n"
+"""Where no true difference can be found with the documents that flip."""
 
 
 def headline(scores: pd.DataFrame) -> Table:
@@ -57,7 +58,9 @@ def accuracy(scores: pd.DataFrame) -> Table:
         grouped(pairs),
         "acc_norm divides log-likelihoods by the characters of the ending. Intervals: Wilson's; of changes, "
         "Bonett and Price's. p: exact McNemar test of acc_norm; Holm: adjusted for the checkpoint's schemes. Smallest "
-        f"detectable: the true difference that this many documents find with {POWER}.",
+        "detectable: the true difference that this test finds with 80% power, at 5% divided by the number of schemes "
+        f"(Holm's first step), if as many documents flip as did here; “{UNRESOLVED}”: none, even if all of them flip "
+        "one way.",
     )
 
 
@@ -112,7 +115,13 @@ def _accuracy_row(row: dict[str, Any]) -> tuple[Entry, ...]:
         number(row["won"], 0, pair),
         probability(row["mcnemar_p"], pair),
         probability(row["holm_p"], pair),
-        number(100 * row["smallest_detectable"], 1, pair),
+        _detectable(row["smallest_detectable"], pair),
+    )
+
+
+def _detectable(share: float, source: str) -> Entry:
+    return (
+        Entry(UNRESOLVED, number=True, source=source) if share == math.inf else number(100 * share, 1, source)
     )
 
 

@@ -4,7 +4,9 @@ A change is paired: the same documents (or blocks of text) under the scheme and 
 item. Changes of the margin (nats per document; margin = log-likelihood of the gold ending minus that of the best wrong
 one) and of nats per token resolve far less than accuracy can, whose smallest detectable difference stands beside it.
 
-Columns ending in _low and _high are the ends of a 95% interval; a number that was not measured is NaN.
+Columns ending in _low and _high are the ends of a 95% interval, each of one comparison by itself; those ending in
+_stderr are standard errors. A number that was not measured is NaN. `smallest_detectable` is inf where no difference can
+be resolved with so few flips.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from quantlab.statistics import holm
+from quantlab.statistics import holm, minimum_detectable_effect
 from reports.changes import baseline_of, changes, setting
 from reports.load import BASELINE, Cell, Hole, Run, scheme_order
 from reports.names import read_scheme
@@ -29,9 +31,13 @@ NO_EVIDENCE = "no evidence about its bits"
 ENDS = ("", "_low", "_high")
 """What a column of an estimate and those of its interval end in."""
 TEXTS = ("ref", "key", "checkpoint", "scheme", "status", "series", "detail", "baseline_ref", "baseline_precision",
-         "no_evidence", "kernel", "sharing", "note")  # fmt: skip
-NUMBERS = ("bits", "n", "num_tokens", "weights_bytes", "average_storage_bits", "share_below_16", "won", "lost",
+         "no_evidence", "kernel", "note")  # fmt: skip
+NUMBERS = ("bits", "n", "num_tokens", "num_blocks", "weights_bytes", "average_storage_bits", "won", "lost",
            "mcnemar_p", "holm_p", "smallest_detectable")  # fmt: skip
+SIGNIFICANT = 0.05
+"""Level of a checkpoint's family of McNemar tests: Holm-adjusted p below it counts as a change of accuracy."""
+CHANCE = 0.25
+"""HellaSwag accuracy of guessing: one ending in four."""
 
 
 def scores(run: Run) -> pd.DataFrame:
@@ -68,7 +74,8 @@ def _columns() -> list[str]:
 
 def _numeric() -> list[str]:
     estimates = [name for names in ESTIMATES.values() for name in names] + list(CHANGES)
-    return [*NUMBERS, *(f"{name}{end}" for name in estimates for end in ENDS)]
+    errors = [f"{name}_stderr" for names in ESTIMATES.values() for name in names]
+    return [*NUMBERS, *(f"{name}{end}" for name in estimates for end in ENDS), *errors]
 
 
 def _hole(hole: Hole) -> dict[str, Any]:
@@ -113,23 +120,20 @@ def _recorded_scores(result: Mapping[str, Any]) -> dict[str, Any]:
         for name in names:
             low, high = summary.get(f"{name}_interval") or (None, None)
             found |= {name: summary.get(name), f"{name}_low": low, f"{name}_high": high}
+            found[f"{name}_stderr"] = summary.get(f"{name}_stderr")
     hellaswag, perplexity = result.get("hellaswag") or {}, result.get("perplexity") or {}
-    sharing = hellaswag.get("sharing") or ""
     return found | {
         "n": hellaswag.get("n"),
         "num_tokens": perplexity.get("num_tokens"),
-        "sharing": str(sharing),
+        "num_blocks": perplexity.get("num_blocks"),
     }
 
 
 def _recorded_quantization(cell: Cell) -> dict[str, Any]:
     quantization = cell.record.result.get("quantization") or {}
-    shares = quantization.get("share_by_bits") or {}
-    below = sum(float(share) for bits, share in shares.items() if float(bits) < 16)
     return {
         "weights_bytes": quantization.get("weights_bytes"),
         "average_storage_bits": quantization.get("average_storage_bits"),
-        "share_below_16": below if shares else None,
         "kernel": ", ".join(sorted(quantization.get("kernels") or {})),
     }
 
@@ -150,9 +154,12 @@ def _no_evidence(cell: Cell) -> str:
 
 
 def _with_holm(frame: pd.DataFrame) -> pd.DataFrame:
-    """Adjust each checkpoint's McNemar p-values for the number of its schemes."""
+    """Adjust each checkpoint's McNemar p-values for the number of its schemes, and say what such a test resolves."""
     for _, group in frame.dropna(subset=["mcnemar_p"]).groupby("checkpoint", sort=False):
         frame.loc[group.index, "holm_p"] = holm(group["mcnemar_p"].to_numpy())
+        for index, row in group.dropna(subset=["n"]).iterrows():
+            flipped, level = int(row["won"] + row["lost"]), SIGNIFICANT / len(group)
+            frame.loc[index, "smallest_detectable"] = minimum_detectable_effect(int(row["n"]), flipped, level)
     return frame
 
 

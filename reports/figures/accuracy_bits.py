@@ -9,10 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reports.load import BASELINE
+from reports.scores import CHANCE
 from reports.style import MUTED, colours, in_figure, legend, markers, new_figure, theme, tidy
-
-CHANCE = 25.0
-"""Percent: one ending in four."""
 
 
 def accuracy_bits(scores: pd.DataFrame) -> Figure | None:
@@ -50,7 +48,7 @@ def _panel(axes: Axes, rows: pd.DataFrame, series: str, ticks: list[float]) -> N
         )
         axes.errorbar(x, y, [y - low, high - y], color=palette[name], marker=shapes[name], capsize=3, elinewidth=1.2,
                       label=in_figure(name))  # fmt: skip
-    axes.axhline(CHANCE, color=MUTED, linewidth=1, linestyle=":", label="chance")
+    axes.axhline(100 * CHANCE, color=MUTED, linewidth=1, linestyle=":", label="chance")
     axes.set_xticks(range(len(ticks)), [f"{bits:g}" for bits in ticks])
     axes.set_xlim(-0.4, len(ticks) - 0.6)
     axes.set_xlabel("bits")

@@ -114,22 +114,41 @@ def test_holm_by_hand():
     assert holm([]).shape == (0,)
 
 
-def test_minimum_detectable_effect_is_where_the_power_is_80_percent():
-    rng = np.random.default_rng(2)
-    for n in (3, 16, 64, 2000):
-        differences = rng.normal(size=n)
-        shift = minimum_detectable_effect(differences) / (differences.std(ddof=1) / math.sqrt(n))
-        power = stats.nct.sf(stats.t.ppf(0.975, n - 1), n - 1, shift)
-        assert power == pytest.approx(0.8, abs=1e-6)
+@pytest.mark.parametrize(
+    ("n", "changed", "level"), [(64, 20, 0.05), (64, 20, 0.005), (40, 30, 0.01), (400, 30, 0.05)]
+)
+def test_minimum_detectable_effect_is_where_mcnemar_has_80_percent(n, changed, level):
+    share, delta = changed / n, minimum_detectable_effect(n, changed, level)
+    won, lost = (share - delta) / 2, (share + delta) / 2
+    power = 0.0
+    for d in range(n + 1):
+        k = np.arange(d // 2 + 1)
+        significant = 2 * stats.binom.cdf(k, d, 0.5) <= level
+        power += stats.binom.pmf(d, n, share) * float(significant @ stats.binom.pmf(k, d, won / share))
+    assert won + lost == pytest.approx(share) and 0 < delta <= share
+    assert power == pytest.approx(0.8, abs=1e-6)
 
 
-def test_half_a_deviation_takes_34_pairs():
-    # The textbook case: d = 0.5, two-sided 5%, power 80% needs n = 34.
-    def unit(n: int) -> np.ndarray:
-        x = np.arange(n, dtype=float)
-        return (x - x.mean()) / x.std(ddof=1)
+def test_simulated_documents_meet_the_promised_power():
+    rng, delta = np.random.default_rng(2), minimum_detectable_effect(64, 20, 0.05)
+    won, lost = (20 / 64 - delta) / 2, (20 / 64 + delta) / 2
+    counts = rng.multinomial(64, [won, lost, 1 - won - lost], 2000)
+    found = [mcnemar_exact(ones(w, w + x + 1), [0] * w + [1] * x + [0]) <= 0.05 for w, x, _ in counts]
+    assert abs(np.mean(found) - 0.8) < 3 * math.sqrt(0.8 * 0.2 / 2000)
 
-    assert minimum_detectable_effect(unit(34)) < 0.5 < minimum_detectable_effect(unit(33))
+
+@pytest.mark.parametrize("changed", [0, 1, 2, 4, 5])
+def test_five_changes_never_resolve_anything(changed):
+    # 2 / 2^5 = 0.0625: not even five changes that all go one way are significant at 5%.
+    assert mcnemar_exact(ones(5, 64), [0] * 64) > 0.05
+    assert minimum_detectable_effect(64, changed) == math.inf
+
+
+def test_a_stricter_level_needs_a_larger_difference():
+    levels = [minimum_detectable_effect(400, 60, 0.05 / m) for m in (1, 3, 10)]
+    assert levels == sorted(levels) and levels[0] < levels[-1] <= 60 / 400
+    assert minimum_detectable_effect(64, 10, 0.05) < minimum_detectable_effect(64, 10, 0.05 / 10) == math.inf
+    assert minimum_detectable_effect(10_042, 900) < 0.01
 
 
 # ---- coverage: share of simulated sets whose interval holds the truth
@@ -179,7 +198,7 @@ def test_paired_binary_interval_covers_at_least_94_percent(won, lost):
 def test_one_item_has_no_spread_to_speak_of():
     for estimate in (mean([2.0]), ratio([6.0], [3]), paired_difference([2.5], [0.5])):
         assert estimate == Estimate(2.0, math.inf, -math.inf, math.inf, 1)
-    assert minimum_detectable_effect([0.5]) == math.inf
+    assert minimum_detectable_effect(1, 1) == math.inf
 
 
 def test_one_outcome_still_bounds_a_proportion():

@@ -49,7 +49,9 @@ def test_changes_are_paired_over_the_same_items(run: tuple[Path, pd.DataFrame]) 
     right, was = (each["hellaswag"]["correct_norm"].astype(float) for each in (ours, base))
     assert row["mcnemar_p"] == statistics.mcnemar_exact(right, was)
     assert row["lost"] - row["won"] == was.sum() - right.sum()
-    assert row["smallest_detectable"] == statistics.minimum_detectable_effect(right - was)
+    # Four schemes are tested: Holm's first step asks for 5% / 4.
+    flipped = int((right != was).sum())
+    assert row["smallest_detectable"] == statistics.minimum_detectable_effect(len(right), flipped, 0.05 / 4)
 
 
 def test_p_values_are_adjusted_for_the_schemes_of_a_checkpoint(run: tuple[Path, pd.DataFrame]) -> None:
@@ -135,7 +137,7 @@ def test_a_loss_in_the_margin_alone_counts() -> None:
 
 def test_accuracy_says_what_it_cannot_resolve() -> None:
     frame = _frame(
-        mcnemar_p=[1.0, 0.04, 0.001], holm_p=[1.0, 0.08, 0.003], smallest_detectable=[np.nan, 0.04, 0.09]
+        mcnemar_p=[1.0, 0.04, 0.001], holm_p=[1.0, 0.08, 0.003], smallest_detectable=[np.inf, 0.04, 0.09]
     )
     finding = accuracy_finding(frame.assign(n=64.0))
     assert finding is not None
@@ -143,4 +145,6 @@ def test_accuracy_says_what_it_cannot_resolve() -> None:
         "A: 64 documents tell 1 of 3 schemes from the baseline: w4 (exact McNemar"
     )
     assert "must reach 4.0 to 9.0 points, by how many documents flip" in finding.points[1]
+    assert finding.points[2].startswith("Under 1 of 3 schemes so few") and "at this n" in finding.points[2]
+    assert "inf" not in " ".join(finding.points)
     assert accuracy_finding(_frame()) is None
