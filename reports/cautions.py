@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from reports.findings import amount, blocks, count
 from reports.load import BASELINE, Run
 from reports.names import visible
 from reports.outliers import TENSORS, unprofiled
@@ -35,13 +36,20 @@ def _damage(run: Run) -> Iterator[str]:
         yield f"Damaged files were left out: {files}. Run the sweep again to replace them."
     if run.holes:
         missing: dict[str, list[str]] = {}
-        for hole in run.holes:
+        named = [hole for hole in run.holes if hole.kind != "unknown"]
+        for hole in named:
             what = "profile" if hole.kind == "profile" else visible(hole.scheme)
             missing.setdefault(visible(hole.checkpoint), []).append(what)
-        cells = "; ".join(f"{name}: {', '.join(what)}" for name, what in missing.items())
+        listed = [f"{name}: {', '.join(what)}" for name, what in missing.items()]
+        if len(named) < len(run.holes):
+            listed.append(
+                f"{count(len(run.holes) - len(named), 'cell')} whose place in the plan is not known"
+            )
+        cells = "; ".join(listed)
         yield f"Planned but not recorded: {cells}. The run has not finished, or a cell failed."
     if run.num_unplanned:
-        yield f"{run.num_unplanned} further records in the folder belong to other settings or sources and are not used."
+        further = count(run.num_unplanned, "further record")
+        yield f"Not used: {further} in the folder, of other settings or sources."
 
 
 def _baselines(scores: pd.DataFrame) -> Iterator[str]:
@@ -71,16 +79,14 @@ def _kernels(scores: pd.DataFrame) -> Iterator[str]:
 
 
 def _samples(scores: pd.DataFrame) -> Iterator[str]:
-    texts = []
-    for column, unit in (("n", "HellaSwag documents"), ("num_tokens", "tokens of text")):
-        values = scores[column].dropna()
-        if len(values):
-            low, high = f"{values.min():,.0f}", f"{values.max():,.0f}"
-            texts.append(f"{low if low == high else f'{low} to {high}'} {unit}")
-    if texts:
+    read = scores[["num_tokens", "num_blocks"]].dropna().to_dict("records")
+    sizes = [amount(scores["n"].dropna(), "HellaSwag document")]
+    sizes.append(amount(scores["num_tokens"].dropna(), "token", "of text") + blocks(read))
+    if any(sizes):
         yield (
-            f"Scores are of {' and '.join(texts)}. The 95% intervals speak of other documents and "
-            "other text like these, not of other tasks or of a model trained again."
+            f"Scores are of {' and '.join(filter(None, sizes))}; n of an interval is the number of documents, or of "
+            "blocks. The 95% intervals speak of other documents and other text like these, not of other tasks or of "
+            "a model trained again. Each is of one number by itself: none is adjusted for how many are shown."
         )
 
 

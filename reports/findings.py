@@ -1,11 +1,12 @@
 """What the records say, in sentences. Each is computed from frames and names the records it rests on.
 
 A scheme loses measurably when a paired 95% interval lies wholly on the losing side of zero: the margin's below it or
-that of nats per token above it. Otherwise no loss is measured, and the sentence says how large a loss could hide.
+that of nats per token above it. Where an interval is known and does not, no loss is measured, and the sentence says
+how large a loss could hide. Where none is known, as of one document, it cannot be told.
 """
 
 import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,27 +36,27 @@ def summary(run: Run) -> str:
     """What was measured: schemes, checkpoints, documents and tokens."""
     scored = run.of_kind("evaluation")
     results = [cell.record.result for cell in scored]
-    num_schemes = len({cell.scheme for cell in scored} - {BASELINE})
+    texts = [result.get("perplexity") or {} for result in results]
     sizes = [
-        _amount([(result.get("hellaswag") or {}).get("n") for result in results], "HellaSwag documents"),
-        _amount([(result.get("perplexity") or {}).get("num_tokens") for result in results], "tokens of text"),
+        amount([(result.get("hellaswag") or {}).get("n") for result in results], "HellaSwag document"),
+        amount([text.get("num_tokens") for text in texts], "token", "of text") + blocks(texts),
     ]
     names = ", ".join(map(visible, run.checkpoints))
     sentences = [f"{count(len(run.checkpoints), 'checkpoint')}: {names}."]
     if scored:
         where = " and ".join(filter(None, sizes))
         sentences.append(
-            f"The baseline and {count(num_schemes, 'low-bit scheme')}, scored on {where or 'no task'}."
+            f"{_scored_schemes([cell.scheme for cell in scored])}, scored on {where or 'no task'}."
         )
     profiles = [cell.record.result for cell in run.of_kind("profile")]
     read = [int(p.get("num_sequences") or 0) * int(p.get("sequence_length") or 0) for p in profiles]
     if profiles:
-        sentences.append(f"Outliers of every layer, from {_amount(read, 'tokens of text') or 'a text'}.")
+        sentences.append(f"Outliers of every layer, from {amount(read, 'token', 'of text') or 'a text'}.")
     return " ".join(sentences)
 
 
 def cost_findings(scores: pd.DataFrame) -> list[Finding]:
-    """Per checkpoint: schemes without measurable loss, losses from small to large, what stays close, guessing.
+    """Per checkpoint: schemes without measurable loss, losses from small to large, the untold, the close, guessing.
 
     Schemes on the source's own grid are left out: they show nothing about their bits.
     """
@@ -64,8 +65,16 @@ def cost_findings(scores: pd.DataFrame) -> list[Finding]:
     found: list[Finding] = []
     for checkpoint, rows in compared.groupby("checkpoint", sort=False):
         lost = (rows["margin_change_high"] < 0) | (rows["nats_change_low"] > 0)
-        scored = scores[scores["checkpoint"] == checkpoint]
-        points = (_without_loss(rows[~lost]), _losses(rows[lost]), _close(rows), _guessing(scored))
+        known = rows["margin_change_high"].notna() | rows["nats_change_low"].notna()
+        points = (
+            _without_loss(rows[known & ~lost]),
+            _losses(rows[lost]),
+            "Every scheme loses measurably." if lost.all() else "",
+            _unadjusted(rows),
+            _untold(rows[~known]),
+            _close(rows),
+            _guessing(scores[scores["checkpoint"] == checkpoint]),
+        )
         refs = tuple(dict.fromkeys([*rows["baseline_ref"], *rows["ref"]]))
         found.append(Finding(f"{visible(checkpoint)}: what low bits cost", tuple(filter(None, points)), refs))
     return found
@@ -80,7 +89,7 @@ def accuracy_finding(scores: pd.DataFrame) -> Finding | None:
     for checkpoint, rows in tested.groupby("checkpoint", sort=False):
         told = rows[rows["holm_p"] < SIGNIFICANT]
         points.append(
-            f"{visible(checkpoint)}: {_span(rows['n'], '{:,.0f}')} documents tell {len(told)} of "
+            f"{visible(checkpoint)}: {amount(rows['n'], 'document')} {'tells' if (rows['n'] == 1).all() else 'tell'} {len(told)} of "
             f"{count(len(rows), 'scheme')} from the baseline{_listed(told['scheme'])} (exact McNemar test of "
             f"acc_norm, Holm-adjusted p below {SIGNIFICANT})."
         )
@@ -108,14 +117,33 @@ def _resolution(detectable: "pd.Series[float]") -> Iterator[str]:
 
 def _without_loss(rows: pd.DataFrame) -> str:
     if rows.empty:
-        return "Every scheme loses measurably."
+        return ""
     hidden = []
-    if rows["nats_change_high"].notna().any():
+    if rows["nats_change_high"].max() > 0:
         hidden.append(f"{rows['nats_change_high'].max():.2g} nats per token")
-    if rows["margin_change_low"].notna().any():
+    if rows["margin_change_low"].min() < 0:
         hidden.append(f"{-rows['margin_change_low'].min():.2g} nats of margin per document")
     could = f" Losses up to {' or '.join(hidden)} lie within their intervals." if hidden else ""
     return f"No measurable loss: {_names(rows['scheme'])}.{could}"
+
+
+def _untold(rows: pd.DataFrame) -> str:
+    return (
+        f"Too few items for an interval, so a loss cannot be told: {_names(rows['scheme'])}."
+        if len(rows)
+        else ""
+    )
+
+
+def _unadjusted(rows: pd.DataFrame) -> str:
+    """How many intervals were looked at: each by itself leaves its truth out one time in twenty."""
+    num_intervals = int(rows[["margin_change_low", "nats_change_low"]].notna().to_numpy().sum())
+    if num_intervals < 2:
+        return ""
+    return (
+        f"Losses are read from {num_intervals} paired 95% intervals, each of one comparison and not adjusted for their "
+        "number: one in twenty misses its true value."
+    )
 
 
 def _losses(rows: pd.DataFrame) -> str:
@@ -151,8 +179,11 @@ def _close(rows: pd.DataFrame) -> str:
     close = rows[rows["nats_change_high"] <= math.log1p(TOLERANCE)]
     if close.empty:
         return f"No scheme is shown to keep perplexity within {TOLERANCE:.0%} of the baseline's."
-    fewest = close.groupby("series", sort=False)["bits"].min()
-    listed = "; ".join(f"{visible(series)}: {bits:g}" for series, bits in fewest.items())
+    fewest = close.loc[close.groupby("series", sort=False)["bits"].idxmin()]
+    listed = "; ".join(
+        f"{visible(row['series'])}: {row['bits']:g} ({visible(row['scheme'])})"
+        for row in fewest.to_dict("records")
+    )
     within = f"Fewest bits that keep perplexity within {TOLERANCE:.0%}, the whole interval counted."
     return f"{within} {listed[:1].upper()}{listed[1:]}."
 
@@ -166,9 +197,32 @@ def _guessing(rows: pd.DataFrame) -> str:
     return f"Accuracy cannot be told from guessing (25%) under {_names(guessed['scheme'])}."
 
 
-def _amount(numbers: Iterable[int | None], what: str) -> str:
+def _scored_schemes(schemes: Sequence[str]) -> str:
+    num_schemes = len(set(schemes) - {BASELINE})
+    named = ["the baseline"] if BASELINE in schemes else []
+    named += [count(num_schemes, "low-bit scheme")] if num_schemes else []
+    shown = " and ".join(named)
+    return shown[:1].upper() + shown[1:]
+
+
+def blocks(texts: Iterable[Mapping[Hashable, Any]]) -> str:
+    """`, in 12 blocks of 255 tokens`: what the intervals of a text count, from num_tokens and num_blocks."""
+    known = [text for text in texts if text.get("num_blocks") and text.get("num_tokens")]
+    if not known:
+        return ""
+    num_blocks = pd.Series([float(text["num_blocks"]) for text in known])
+    sizes = pd.Series([float(text["num_tokens"]) for text in known]) / num_blocks
+    word = "block" if num_blocks.max() == 1 else "blocks"
+    return f", in {_span(num_blocks, '{:,.0f}')} {word} of {_span(sizes, '{:,.0f}')} tokens"
+
+
+def amount(numbers: Iterable[int | None], what: str, rest: str = "") -> str:
+    """`1 document`, `48 to 64 documents`; empty where there is no number but zero."""
     found = pd.Series([number for number in numbers if number], dtype=float)
-    return f"{_span(found, '{:,.0f}')} {what}" if len(found) else ""
+    if found.empty:
+        return ""
+    plural = what if found.max() == 1 else f"{what}s"
+    return " ".join(filter(None, (_span(found, "{:,.0f}"), plural, rest)))
 
 
 def _names(schemes: Iterable[object]) -> str:

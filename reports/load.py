@@ -18,7 +18,7 @@ from reports.names import read_scheme
 BASELINE = "w16"
 """Scheme of the checkpoint as it is."""
 
-_SERIES = ("nothing", "weights", "weights + activations", "activations", "attention logits")
+_KINDS = ("nothing", "weights", "weights + activations", "activations", "attention logits")
 
 
 @dataclass(frozen=True)
@@ -78,17 +78,16 @@ class Run:
 
     @property
     def checkpoints(self) -> tuple[str, ...]:
-        """Labels of the checkpoints, holes included, in the order of tables and colours."""
-        return tuple(
-            dict.fromkeys([*(c.checkpoint for c in self.cells), *(h.checkpoint for h in self.holes)])
-        )
+        """Labels of the checkpoints, named holes included, in the order of tables and colours."""
+        holes = (hole.checkpoint for hole in self.holes if hole.kind != "unknown")
+        return tuple(dict.fromkeys([*(cell.checkpoint for cell in self.cells), *holes]))
 
 
 def scheme_order(scheme: str) -> tuple[int, str, int, str]:
     """Sort key: the baseline, then what is quantized, then bits from many to few."""
     parsed = read_scheme(scheme)
-    place = _SERIES.index(parsed.series) if parsed.series in _SERIES else len(_SERIES)
-    return place, parsed.series, -parsed.bits, scheme
+    place = _KINDS.index(parsed.kinds) if parsed.kinds in _KINDS else len(_KINDS)
+    return place, parsed.kinds, -parsed.bits, scheme
 
 
 def spans(refs: Sequence[str]) -> str:

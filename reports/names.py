@@ -68,10 +68,21 @@ class SchemeName:
         return min((bits for bits, _ in self.parts.values()), default=16)
 
     @property
-    def series(self) -> str:
+    def kinds(self) -> str:
         """The kinds of tensor that are quantized: `weights + activations`."""
         named = [_KINDS.get(letter, letter) for letter in self.parts]
         return " + ".join([*named, *([] if self.parts else self.words)]) or "nothing"
+
+    @property
+    def series(self) -> str:
+        """`kinds`, with the bits of those that carry more than `bits`: w4a8 is `weights + activations at 8 bits`."""
+        if len({bits for bits, _ in self.parts.values()}) < 2:
+            return self.kinds
+        named = [
+            _KINDS.get(letter, letter) + (f" at {bits} bits" if bits > self.bits else "")
+            for letter, (bits, _) in self.parts.items()
+        ]
+        return " + ".join(named)
 
     @property
     def detail(self) -> str:

@@ -11,7 +11,7 @@ from quantlab.records import Record, write_record, write_sealed
 
 LOSSES = {
     "w16": 0.0, "w8": 0.0004, "w6": 0.012, "w4": 0.9, "w4g64": 0.35, "w4g32z": 0.0, "w8a8": 0.004, "w6a6": 0.09,
-    "w4a4": 3.1, "l8t": 0.001, "l6t": 0.03, "l4t": 1.4,
+    "w4a8": 0.9, "w4a4": 3.1, "l8t": 0.001, "l6t": 0.03, "l4t": 1.4,
 }  # fmt: skip
 """Scheme -> nats per token that it loses."""
 DEMO = ("w16", "w8", "w6", "w4", "w4g64", "w8a8", "w6a6", "w4a4", "l8t", "l6t", "l4t")
@@ -121,7 +121,8 @@ def _perplexity(items: Mapping[str, Any]) -> dict[str, Any]:
     ends = [float(np.exp(end)) for end in (nats.low, nats.high)]
     return {
         "num_tokens": int(items["num_tokens"].sum()), "num_blocks": 12, **nats.summary("nats_per_token"),
-        "perplexity": float(np.exp(nats.value)), "perplexity_interval": ends, "sequence_length": 512,
+        "n": 12, "perplexity": float(np.exp(nats.value)), "perplexity_stderr": float(np.exp(nats.value) * nats.stderr),
+        "perplexity_interval": ends, "sequence_length": 512,
     }  # fmt: skip
 
 

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from quantlab.errors import RecordError
-from quantlab.records import write_record
+from quantlab.records import write_record, write_sealed
+from reports.cautions import cautions
 from reports.load import load_run, scheme_order, spans
+from reports.outliers import outliers
 from reports.scores import scores
 from tests.reports.synthetic import evaluation_cell, write_run
 
@@ -74,6 +76,16 @@ def test_checkpoints_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert set(load_run(tmp_path).checkpoints) == {"A, float32", "A, bfloat16"}
     write_record(tmp_path, *evaluation_cell("A", 0, "w16", ("perplexity",), 8, content_hash="f" * 64), {})
     assert "A, float32, ffffffff" in load_run(tmp_path).checkpoints
+
+
+def test_what_the_plan_cannot_place_is_no_checkpoint(tmp_path: Path) -> None:
+    records = write_run(tmp_path, schemes=("w16", "w8"), profile=False)
+    config = {"checkpoints": [{"path": "A"}], "schemes": ["w8", "w16"], "evaluation": {"tasks": []}}
+    keys = [records[0].key, "0" * 64, "1" * 64]
+    write_sealed(tmp_path / "run.json", {"config": config, "config_fingerprint": "0" * 64, "records": keys})
+    run = load_run(tmp_path)
+    assert [hole.kind for hole in run.holes] == ["unknown"] * 2 and len(run.checkpoints) == 1
+    assert any("2 cells whose place" in line for line in cautions(run, scores(run), outliers(run)))
 
 
 def test_scheme_order_and_spans() -> None:

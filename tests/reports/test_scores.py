@@ -8,7 +8,7 @@ import pytest
 
 from quantlab import statistics
 from quantlab.records import Record, read_items, write_record
-from reports.findings import accuracy_finding, cost_findings
+from reports.findings import accuracy_finding, cost_findings, summary
 from reports.load import load_run
 from reports.scores import scores
 from tests.reports.synthetic import evaluation_cell, made_by, write_run
@@ -92,6 +92,13 @@ def test_series_split_where_two_schemes_share_bits(run: tuple[Path, pd.DataFrame
     assert run[1].loc["w4a4", "series"] == "weights + activations"
 
 
+def test_a_series_has_one_scheme_at_each_number_of_bits(tmp_path: Path) -> None:
+    schemes = ("w16", "w8", "w4", "w4g64", "w4g32z", "w8a8", "w4a8", "w4a4", "l4t")
+    write_run(tmp_path, checkpoints=("A", "B"), schemes=schemes, profile=False, num_documents=8)
+    frame = scores(load_run(tmp_path))
+    assert len(frame) == 18 and not frame.duplicated(["checkpoint", "series", "bits"]).any()
+
+
 def _frame(**changes: list[float]) -> pd.DataFrame:
     """Three compared schemes of one checkpoint with the given columns."""
     rows = pd.DataFrame(
@@ -119,9 +126,33 @@ def test_findings_follow_the_intervals() -> None:
         "No measurable loss: w8. Losses up to 0.001 nats per token or 0.3 nats of margin per document lie within "
         "their intervals.",
         "Measurable losses, in perplexity of the text, smallest first: w6 +2%, w4 ×2.46.",
-        "Fewest bits that keep perplexity within 1%, the whole interval counted. Weights: 8.",
+        "Losses are read from 6 paired 95% intervals, each of one comparison and not adjusted for their number: one in "
+        "twenty misses its true value.",
+        "Fewest bits that keep perplexity within 1%, the whole interval counted. Weights: 8 (w8).",
     )
     assert finding.refs == ("R1", "R2", "R3", "R4")
+
+
+def test_without_an_interval_a_loss_cannot_be_told(tmp_path: Path) -> None:
+    write_run(tmp_path, schemes=("w16", "w4"), tasks=("hellaswag",), profile=False, num_documents=1)
+    run = load_run(tmp_path)
+    frame = scores(run)
+    points = " ".join(cost_findings(frame)[0].points)
+    assert "a loss cannot be told: w4." in points and "No measurable loss" not in points
+    assert "Every scheme loses" not in points
+    accuracy = accuracy_finding(frame)
+    assert accuracy is not None and "inf" not in " ".join(accuracy.points)
+    assert "1 document tells 0 of 1 scheme " in accuracy.points[0] and "on 1 HellaSwag document." in summary(
+        run
+    )
+
+
+def test_the_summary_names_only_what_was_scored(tmp_path: Path) -> None:
+    write_record(tmp_path, *evaluation_cell("A", 0, "w8", ("perplexity",), 8), {})
+    assert "1 low-bit scheme, scored on 6,132 tokens of text, in 12 blocks of 511 tokens." in summary(
+        load_run(tmp_path)
+    )
+    assert "baseline" not in summary(load_run(tmp_path))
 
 
 def test_a_loss_in_the_margin_alone_counts() -> None:
