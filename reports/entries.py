@@ -58,12 +58,15 @@ def probability(value: float, source: str = "") -> Entry:
     return Entry("<0.001", number=True, source=source) if value < 0.001 else number(value, 3, source)
 
 
-def with_interval(value: float, low: float, high: float, digits: int = 2, source: str = "") -> Entry:
-    """`18.42 [17.10, 19.87]`; the value alone where the interval is unknown."""
+def with_interval(
+    value: float, low: float, high: float, digits: int = 2, source: str = "", *, stderr: float = math.nan
+) -> Entry:
+    """`18.42 (0.70) [17.10, 19.87]`; without the standard error or the interval where it is unknown."""
     if not math.isfinite(value):
         return Entry(number=True)
     ends = f" [{low:,.{digits}f}, {high:,.{digits}f}]" if math.isfinite(low) and math.isfinite(high) else ""
-    return Entry(_minus(f"{value:,.{digits}f}{ends}"), number=True, source=source)
+    error = f" ({stderr:,.{digits}f})" if math.isfinite(stderr) else ""
+    return Entry(_minus(f"{value:,.{digits}f}{error}{ends}"), number=True, source=source)
 
 
 def change(value: float, low: float, high: float, source: str = "", *, more_is: str) -> Entry:

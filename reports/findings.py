@@ -88,8 +88,9 @@ def accuracy_finding(scores: pd.DataFrame) -> Finding | None:
     points = []
     for checkpoint, rows in tested.groupby("checkpoint", sort=False):
         told = rows[rows["holm_p"] < SIGNIFICANT]
+        tell = "tells" if (rows["n"] == 1).all() else "tell"
         points.append(
-            f"{visible(checkpoint)}: {amount(rows['n'], 'document')} {'tells' if (rows['n'] == 1).all() else 'tell'} {len(told)} of "
+            f"{visible(checkpoint)}: {amount(rows['n'], 'document')} {tell} {len(told)} of "
             f"{count(len(rows), 'scheme')} from the baseline{_listed(told['scheme'])} (exact McNemar test of "
             f"acc_norm, Holm-adjusted p below {SIGNIFICANT})."
         )

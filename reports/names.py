@@ -49,8 +49,14 @@ def token(text: object, limit: int = 40) -> str:
 
 
 def markdown(text: object) -> str:
-    """The text, with every character that Markdown or inline HTML would act on escaped."""
-    return re.sub(r"([\\`*_\[\]<>|~&$#!])", r"\\\1", str(text))
+    """The text, with every character that Markdown or inline HTML would act on escaped, and no link or mention in it.
+
+    Viewers make links of bare addresses and mentions, whatever is escaped: a zero-width space breaks those.
+    """
+    escaped = re.sub(r"([\\`*_\[\]<>|~&$#!])", r"\\\1", str(text))
+    return re.sub(
+        r"(?i)(:(?=//)|(?<![a-z0-9])www(?=\.)|@|(?<![a-z0-9])(?:mailto|xmpp):)", r"\1&#8203;", escaped
+    )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ nothing else in. All text is escaped by the template. The same records give the 
 """
 
 import base64
+from collections.abc import Container
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from quantlab.errors import OutputError
 from quantlab.records import write_atomic
 from reports import outlier_tables, provenance, score_tables
 from reports.cautions import cautions
@@ -41,8 +43,8 @@ CAPTIONS = {
         "four endings. The form is that of Figure 8 of arXiv 2410.05258, which shows attention logits alone."
     ),
     "accuracy_size": (
-        "Scores with 95% intervals against the size of the whole model on disk, for the baseline and every scheme that "
-        "quantizes weights alone."
+        "Scores with 95% intervals against the size of the whole model, with unquantized tensors at 16 bits, for the "
+        "baseline and every scheme that quantizes weights alone."
     ),
     "topk_layers": (
         "Largest magnitudes and the median of every layer, on a logarithmic scale: the paper's Table 5 (arXiv "
@@ -83,6 +85,7 @@ def build_report(run_dir: Path) -> Path:
     """
     folder = run_dir / "report"
     content = _content(load_run(run_dir))
+    _remove_figures(folder / "figures", keep=content["pictures"])
     for picture in content["pictures"].values():
         write_atomic(folder / "figures" / f"{picture.name}.svg", picture.svg)
         write_atomic(folder / "figures" / f"{picture.name}.png", picture.png)
@@ -90,6 +93,20 @@ def build_report(run_dir: Path) -> Path:
     page = folder / "index.html"
     write_atomic(page, _render("page.html.jinja", content))
     return page
+
+
+def _remove_figures(folder: Path, keep: Container[str]) -> None:
+    """Remove the figures of an earlier report that this one does not have."""
+    for name in CAPTIONS:
+        for path in (folder / f"{name}.svg", folder / f"{name}.png"):
+            try:
+                if name not in keep:
+                    path.unlink(missing_ok=True)
+            except OSError as error:
+                raise OutputError(
+                    f"figures of an earlier report must be removable: {path} is not ({error.strerror}). Remove it, or "
+                    "allow writing in its folder."
+                ) from error
 
 
 def _content(run: Run) -> dict[str, Any]:
@@ -106,6 +123,7 @@ def _content(run: Run) -> dict[str, Any]:
     shown = [
         score_tables.headline(scored),
         score_tables.accuracy(scored),
+        score_tables.perplexity(scored),
         outlier_tables.table5(profiled),
         outlier_tables.largest_logits(kept),
         outlier_tables.largest_states(kept),

@@ -8,6 +8,7 @@ import pandas as pd
 
 from reports.entries import Entry, change, number, probability, text, with_interval
 from reports.load import BASELINE
+from reports.scores import ENDS
 from reports.tables import Table, grouped
 
 UNRESOLVED = "not at this n"
@@ -23,31 +24,34 @@ def headline(scores: pd.DataFrame) -> Table:
         (
             "Scheme",
             "Stored bits",
-            "Weights (MB)",
+            "Size (MB)",
             "Δ margin (nats/document)",
             "Δ nats per token",
             "Perplexity [95%]",
             "acc_norm % [95%]",
-            "n",
+            "Documents",
+            "Blocks",
         ),
         grouped(pairs),
         "± is half a 95% interval, paired over the same documents and blocks of text. Margin: log-likelihood of the "
         "gold ending minus that of the best wrong one; less is worse. More nats per token is worse. "
-        "Coloured changes have an interval that leaves zero out. Stored bits: average per decoder weight, "
-        "scales included. MB: the whole model on disk. n: documents.",
+        "Coloured changes have an interval that leaves zero out; each is of one comparison, not adjusted for their "
+        "number. Stored bits: average per decoder weight, scales included. Size: of the whole model, with unquantized "
+        "tensors at 16 bits. Documents of HellaSwag and blocks of text: n of the intervals.",
     )
 
 
 def accuracy(scores: pd.DataFrame) -> Table:
-    """Per scheme: acc, acc_norm, its paired change, the documents that flipped, exact McNemar p and what n resolves."""
+    """Per scheme: acc, acc_norm, margin; the paired change, flipped documents, exact McNemar p and what n resolves."""
     pairs = [(row["checkpoint"], _accuracy_row(row)) for row in _rows(scores) if pd.notna(row["acc_norm"])]
     return Table(
         "accuracy",
         "HellaSwag accuracy, and what it can resolve",
         (
             "Scheme",
-            "acc %",
-            "acc_norm % [95%]",
+            "acc % (s.e.)",
+            "acc_norm % (s.e.) [95%]",
+            "Margin (s.e.)",
             "Δ acc_norm (points) [95%]",
             "Right → wrong",
             "Wrong → right",
@@ -56,11 +60,44 @@ def accuracy(scores: pd.DataFrame) -> Table:
             "Smallest detectable (points)",
         ),
         grouped(pairs),
+        "s.e.: standard error. Margin: mean, in nats per document. "
         "acc_norm divides log-likelihoods by the characters of the ending. Intervals: Wilson's; of changes, "
         "Bonett and Price's. p: exact McNemar test of acc_norm; Holm: adjusted for the checkpoint's schemes. Smallest "
         "detectable: the true difference that this test finds with 80% power, at 5% divided by the number of schemes "
         f"(Holm's first step), if as many documents flip as did here; “{UNRESOLVED}”: none, even if all of them flip "
         "one way.",
+    )
+
+
+def perplexity(scores: pd.DataFrame) -> Table:
+    """Per scheme: nats per token and perplexity with standard errors and intervals, and the text they are of."""
+    pairs = [(row["checkpoint"], _text_row(row)) for row in _rows(scores) if pd.notna(row["nats_per_token"])]
+    return Table(
+        "perplexity",
+        "Text: nats per token and perplexity",
+        (
+            "Scheme",
+            "Nats per token (s.e.) [95%]",
+            "Perplexity (s.e.) [95%]",
+            "Δ nats per token [95%]",
+            "Blocks",
+            "Tokens",
+        ),
+        grouped(pairs),
+        "s.e.: standard error. A block of text is the unit that errors and intervals count, for tokens of one block "
+        "hang together; those of the change are paired by block.",
+    )
+
+
+def _text_row(row: dict[str, Any]) -> tuple[Entry, ...]:
+    source = row["ref"]
+    return (
+        scheme_entry(row),
+        _scored(row, "nats_per_token", source, digits=4, shows=("stderr", "interval")),
+        _scored(row, "perplexity", source, shows=("stderr", "interval")),
+        _scored(row, "nats_change", paired_source(row), digits=4),
+        number(row["num_blocks"], 0, source),
+        number(row["num_tokens"], 0, source),
     )
 
 
@@ -84,7 +121,7 @@ def paired_source(row: dict[str, Any]) -> str:
 
 def _headline_row(row: dict[str, Any]) -> tuple[Entry, ...]:
     if row["status"] == "missing":
-        return (text(row["scheme"]), Entry("no record", number=True, tone="worse"), *[Entry(number=True)] * 6)
+        return (text(row["scheme"]), Entry("no record", number=True, tone="worse"), *[Entry(number=True)] * 7)
     source, pair = row["ref"], paired_source(row)
     if row["scheme"] == BASELINE:
         changes = [Entry("baseline", number=True, tone="quiet")] * 2
@@ -101,6 +138,7 @@ def _headline_row(row: dict[str, Any]) -> tuple[Entry, ...]:
         _scored(row, "perplexity", source),
         _scored(row, "acc_norm", source, factor=100, digits=1),
         number(row["n"], 0, source),
+        number(row["num_blocks"], 0, source),
     )
 
 
@@ -108,8 +146,9 @@ def _accuracy_row(row: dict[str, Any]) -> tuple[Entry, ...]:
     source, pair = row["ref"], paired_source(row)
     return (
         scheme_entry(row),
-        number(100 * row["acc"], 1, source),
-        _scored(row, "acc_norm", source, factor=100, digits=1),
+        _scored(row, "acc", source, factor=100, digits=1, shows=("stderr",)),
+        _scored(row, "acc_norm", source, factor=100, digits=1, shows=("stderr", "interval")),
+        _scored(row, "margin", source, digits=3, shows=("stderr",)),
         _scored(row, "acc_norm_change", pair, factor=100, digits=1),
         number(row["lost"], 0, pair),
         number(row["won"], 0, pair),
@@ -129,6 +168,17 @@ def _change(row: dict[str, Any], name: str, source: str, *, more_is: str) -> Ent
     return change(row[name], row[f"{name}_low"], row[f"{name}_high"], source, more_is=more_is)
 
 
-def _scored(row: dict[str, Any], name: str, source: str, factor: float = 1, digits: int = 2) -> Entry:
-    value, low, high = (factor * row[f"{name}{end}"] for end in ("", "_low", "_high"))
-    return with_interval(value, low, high, digits, source)
+def _scored(
+    row: dict[str, Any],
+    name: str,
+    source: str,
+    factor: float = 1,
+    digits: int = 2,
+    shows: tuple[str, ...] = ("interval",),
+) -> Entry:
+    """A score with its standard error, its interval, or both."""
+    value, low, high = (factor * row[f"{name}{end}"] for end in ENDS)
+    stderr = factor * row[f"{name}_stderr"] if "stderr" in shows else math.nan
+    if "interval" not in shows:
+        low = high = math.nan
+    return with_interval(value, low, high, digits, source, stderr=stderr)

@@ -110,7 +110,9 @@ def legend(figure: Figure, *panels: Axes) -> None:
 
 def in_figure(text: object, limit: int = 48) -> str:
     """`visible`, and with `□` for what the figures' font cannot draw."""
-    return "".join(c if ord(c) in _drawable() else "□" for c in visible(text, limit))
+    shown = "".join(c if ord(c) in _drawable() else "□" for c in visible(text, limit))
+    # Matplotlib leaves labels that start with "_" out of legends: a hair space goes before it.
+    return f"\u200a{shown}" if shown.startswith("_") else shown
 
 
 def colours(names: Iterable[str]) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""Score against the size of the weights: what a megabyte buys.
+"""Score against size: what a megabyte buys.
 
 Only schemes that quantize weights and nothing else, and the baseline: what else is quantized does not change the size.
-Size is that of the whole model on disk: packed codes, scales and zero points, everything else at 16 bits.
+Size is that of the whole model: packed codes, scales and zero points, and unquantized tensors at 16 bits, whatever the
+checkpoint or an export stores them in.
 """
 
 import numpy as np
@@ -23,7 +24,7 @@ SIDES = (("right", (-7, -3)), ("left", (7, -3)))
 
 
 def accuracy_size(scores: pd.DataFrame) -> Figure | None:
-    """Scores with 95% intervals against megabytes of weights, a point per scheme; None without two sizes."""
+    """Scores with 95% intervals against size in megabytes, a point per scheme; None without two sizes."""
     alone = [scheme == BASELINE or list(read_scheme(scheme).parts) == ["w"] for scheme in scores["scheme"]]
     rows = scores[pd.Series(alone, index=scores.index, dtype=bool) & scores["weights_bytes"].notna()]
     panels = [column for column in PANELS if rows[column].notna().any()]
@@ -54,7 +55,7 @@ def _panel(axes: Axes, rows: pd.DataFrame, column: str) -> None:
             axes.annotate(in_figure(scheme, 20), (at, height), xytext=offset, textcoords="offset points", ha=align,
                           fontsize=8, color=INK)  # fmt: skip
     axes.set_title(title)
-    axes.set_xlabel("weights on disk (MB)")
+    axes.set_xlabel("size, with unquantized tensors at 16 bits (MB)")
     axes.set_ylabel(label)
     axes.margins(x=0.12)
     tidy(axes, grid="both")

@@ -93,6 +93,16 @@ def test_one_document_has_no_interval_and_still_draws(tmp_path: Path) -> None:
         assert figure is not None and as_svg(figure)
 
 
+def test_a_name_that_starts_with_an_underscore_is_in_the_legend(frames: dict[str, pd.DataFrame]) -> None:
+    renamed = frames["scores"].replace({"checkpoint": {"A": "_a"}})
+    for draw in (accuracy_bits, accuracy_size, degradation):
+        figure = draw(renamed)
+        assert figure is not None
+        shown = [label.get_text().strip() for legend in figure.legends for label in legend.get_texts()]
+        assert "_a" in shown
+    as_svg(figure)
+
+
 def test_drawing_leaves_the_callers_settings_alone(frames: dict[str, pd.DataFrame]) -> None:
     before = dict(mpl.rcParams)
     assert degradation(frames["scores"]) is not None

@@ -39,6 +39,22 @@ def test_markdown_escapes_what_markdown_acts_on() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://e.vil/a", "https:&#8203;//e.vil/a"),
+        ("HTTP://e.vil", "HTTP:&#8203;//e.vil"),
+        ("WWW.e.vil", "WWW&#8203;.e.vil"),
+        ("_www.e.vil", "\\_www&#8203;.e.vil"),
+        ("hey @user", "hey @&#8203;user"),
+        ("mailto:a@b.c", "mailto:&#8203;a@&#8203;b.c"),
+        ("w4: awwww", "w4: awwww"),
+    ],
+)
+def test_markdown_makes_no_links_of_addresses(text: str, shown: str) -> None:
+    assert markdown(text) == shown
+
+
+@pytest.mark.parametrize(
     ("name", "bits", "series", "detail", "grid"),
     [
         ("w16", 16, "nothing", "", ""),

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -85,6 +86,11 @@ def test_numbers_are_those_of_the_records(folder: Path, page: Page) -> None:
     assert row[6] == f"{100 * result['hellaswag']['acc_norm']:.1f} [{low:.1f}, {high:.1f}]"
     assert row[7] == str(result["hellaswag"]["n"])
     assert row[2] == f"{result['quantization']['weights_bytes'] / 1e6:.1f}"
+    text = page.row("perplexity", "w4")
+    assert f"({result['perplexity']['perplexity_stderr']:.2f})" in text[2] and text[4:] == ["12", "6,132"]
+    assert f"({100 * result['hellaswag']['acc_norm_stderr']:.1f})" in page.row("accuracy", "w4")[2]
+    assert "in 12 blocks of 511 tokens" in page.text and row[8] == "12"
+    assert "on disk" not in page.text
     profile = next(r for r in read_records(folder) if r.kind == "profile").result["hidden_states"]
     assert page.row("layers", "0")[1:3] != [] and f"{profile['top1']:,.1f}" in page.text
     assert "Outliers of every layer, from 4,096 tokens" in page.text
@@ -173,6 +179,17 @@ def test_parts_may_be_missing(
     page = Page(build_report(tmp_path).read_text(encoding="utf-8"))
     assert there in page.tables and absent not in page.tables
     assert "nan" not in re.sub(r"[a-z]nan|nan[a-z]", "", page.text.lower())
+
+
+def test_figures_of_an_earlier_report_are_removed(tmp_path: Path) -> None:
+    write_run(tmp_path, schemes=("w16", "w8"), tasks=("perplexity",), num_documents=8)
+    figures = build_report(tmp_path).parent / "figures"
+    assert (figures / "topk_layers.svg").exists()
+    (figures / "own.png").write_bytes(b"kept")
+    shutil.rmtree(tmp_path / "records")
+    write_run(tmp_path, schemes=("w16", "w8"), tasks=("perplexity",), num_documents=8, profile=False)
+    build_report(tmp_path)
+    assert not list(figures.glob("topk_layers.*")) and (figures / "own.png").exists()
 
 
 def test_a_damaged_record_is_named_on_the_page(tmp_path: Path) -> None:
