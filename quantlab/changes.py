@@ -1,6 +1,6 @@
 """Changes: what a scheme did to every weight matrix and site of a model, and what the result weighs. No torch.
 
-Sizes are those on disk, codes packed densely. Scales count with the bits of the dtype that they are rounded to;
+Sizes are those of codes packed densely. Scales count with the bits of the dtype that they are rounded to;
 whatever is not quantized counts with 16 bits a value, also in a model that is computed, or stored, in 32.
 """
 
@@ -31,7 +31,7 @@ class Change:
     kernel: str = ""
     """How it is computed: a name of `quantlab.kernels`."""
     storage_bits: int = 0
-    """Bits of the whole matrix on disk, with its scales and zero points (`bits` each)."""
+    """Bits of the whole matrix when packed, with its scales and zero points (`bits` each)."""
     in_decoder: bool = True
     """Whether it belongs to a decoder layer; only such weights enter the shares."""
 
@@ -58,14 +58,14 @@ class Changes:
 
     @property
     def average_storage_bits(self) -> float:
-        """Bits on disk per weight of the decoder, scales and zero points included."""
+        """Packed bits per weight of the decoder, scales and zero points included."""
         rows = self._decoder_weights()
         total = sum(row.num_weights for row in rows)
         return sum(row.storage_bits for row in rows) / total if total else float(UNTOUCHED_BITS)
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of the whole model on disk: packed codes, scales and zero points, everything else at 16 bits."""
+        """Bytes of the whole model: packed codes, scales and zero points, everything else at 16 bits."""
         rest = self.num_parameters - sum(row.num_weights for row in self.rows)
         return (sum(row.storage_bits for row in self.rows) + rest * UNTOUCHED_BITS + 7) // 8
 
