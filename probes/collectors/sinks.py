@@ -36,7 +36,7 @@ class SinkCollector:
             return
         self._length = min(measures.SINK_LENGTH, block.num_queries)
         probs = probs_BHqt[:, :, :rows].detach().double()
-        for kind, first in _first_key(probs, self._modules[name]).items():
+        for kind, first in first_key_shares(probs, self._modules[name]).items():
             self._take((name, kind), first.sum(2), block)
 
     def result(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class SinkCollector:
             batches[-1] = batches[-1] + sums_BH
 
 
-def _first_key(probs_BHqt: Tensor, attention: nn.Module) -> dict[str, Tensor]:
+def first_key_shares(probs_BHqt: Tensor, attention: nn.Module) -> dict[str, Tensor]:
     """Weight of each query on key 0, [B, heads, q], by kind: all maps, each map of a pair, and their difference."""
     maps = torch.tensor(map_of_head(attention))
     found = {"all_maps": probs_BHqt[..., 0]}

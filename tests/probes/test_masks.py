@@ -158,7 +158,9 @@ def test_a_custom_mask_function_is_evaluated_per_block() -> None:
         row = torch.arange(40)
         whole = every_third(row, row, row[:, None], row)
         assert torch.equal(rule.visible(7, 20, 3, 33).expand(2, 1, 13, 30)[1, 0], whole[7:20, 3:33])
-        assert (rule.reach(7, 20).first, rule.reach(7, 20).last) == (0, 20)
+        reach = rule.reach(7, 20)
+        assert (reach.first, reach.last, reach.blind) == (0, 20, False)
+        assert whole[7:20, reach.all_first : reach.all_last].all()
 
 
 def test_wrong_masks_are_refused() -> None:

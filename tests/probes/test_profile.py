@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from probes.catalogue import STATISTICS
-from probes.collectors.sinks import differential_lambda
+from probes.collectors.sinks import differential_lambda, first_key_shares
 from probes.errors import ProbeError
 from probes.profile import profile
 from probes.running import topk
@@ -173,7 +173,6 @@ def test_hidden_states_are_profiled_where_logits_cannot_be(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "diffllama"])
 def test_the_sink_rate_is_that_of_whole_maps(family: str) -> None:
-    # queries and keys that agree with the first token's: sinks, so that the rate is neither 0 nor 100
     model, blocks = toy_model(family, gain=8.0), ids(4, 100)
     calls, _ = reference(model, blocks)
     found = profile(model, blocks, statistics=["attention_sink_rate"]).summary()["measures"][
@@ -196,6 +195,17 @@ def test_the_sink_rate_is_that_of_whole_maps(family: str) -> None:
         assert found["map_1"] == pytest.approx(rate(second[..., 0]))
         assert found["difference"] == pytest.approx(rate(difference[..., 0].abs() / difference.abs().sum(-1)))
         assert found["signed_difference_mean"] == pytest.approx(difference[..., 0].mean().item(), rel=1e-4)
+
+
+def test_the_difference_of_maps_is_measured_by_its_rows_magnitudes() -> None:
+    attention = attention_layers(toy_model("diffllama"))[0][1]
+    probs = torch.rand(2, 4, 5, 7, generator=torch.Generator().manual_seed(0)).softmax(-1).double()
+    found = first_key_shares(probs, attention)
+    difference = probs[:, :2] - differential_lambda(attention) * probs[:, 2:]
+    assert torch.allclose(found["signed_difference"], difference[..., 0])
+    assert torch.allclose(found["difference"], difference[..., 0].abs() / difference.abs().sum(-1))
+    assert torch.equal(found["map_1"], probs[:, 2:, :, 0])
+    assert list(first_key_shares(probs, attention_layers(toy_model("llama"))[0][1])) == ["all_maps"]
 
 
 def test_diffllamas_lambda_is_the_one_it_uses() -> None:
