@@ -4,6 +4,7 @@ The 16 high bits of a float32 are a bfloat16. Their 15 bits without the sign nam
 bucket per bfloat16 value, 128 to the octave. Whatever the data's range, nothing is clipped and nothing is chosen.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from probes.running.chunks import buffer, chunks
+
 NUM_BUCKETS = 0x7F80
 """Patterns below infinity's."""
+CHUNK = 1 << 18
+"""Values that are counted at once: 1 MiB, which stays in a core's cache."""
 
 
 class Histogram:
@@ -54,8 +59,12 @@ class Histogram:
         bits = x.float().view(torch.int32)
         if self.only_bfloat16 and x.dtype != torch.bfloat16:
             self.only_bfloat16 = not bool((bits & 0xFFFF).any())
-        buckets = (bits >> 16).bitwise_and_(0x7FFF).flatten()  # the sign goes with the mask: no |x| is needed
-        self.counts += torch.bincount(buckets, minlength=NUM_BUCKETS).cpu().numpy()
+        for shape, parts in chunks(bits, CHUNK):
+            buckets = buffer(1, CHUNK, torch.int32, x.device)[0, : math.prod(shape)]
+            for part in parts:
+                # The sign goes with the mask, so that no |x| is needed.
+                torch.bitwise_right_shift(part, 16, out=buckets.view(shape)).bitwise_and_(0x7FFF)
+                self.counts += torch.bincount(buckets, minlength=NUM_BUCKETS).cpu().numpy()
 
     def merge(self, other: "Histogram") -> None:
         """Take in what another has counted."""

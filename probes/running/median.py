@@ -4,13 +4,16 @@ The first pass is a `Histogram`: it tells in which bucket (16 high bits) the med
 second pass counts the 16 low bits of the values of that bucket.
 """
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from probes.running.histogram import Histogram, float_of
+from probes.running.chunks import buffer, chunks
+from probes.running.histogram import CHUNK, Histogram, float_of
 
 
 class ExactQuantile:
@@ -26,15 +29,13 @@ class ExactQuantile:
 
     def add(self, x: Tensor) -> None:
         """Take in a tensor of any shape, of the same stream as the first pass."""
-        bits = x.detach().float().abs().view(torch.int32).flatten()
-        # The high bits equal the bucket's just where xor leaves only low bits; NaN and infinities never do.
-        bits.bitwise_xor_(self.bucket << 16)
-        if bits.device.type == "cpu":  # numpy compares and selects in half of torch's time
-            found = bits.numpy()
-            low = torch.from_numpy(found[found < 1 << 16])
-        else:
-            low = bits[bits < 1 << 16]
-        self.counts += torch.bincount(low, minlength=1 << 16).cpu().numpy()
+        low = [np.empty(0, np.int32)]
+        for shape, parts in chunks(x.detach().float(), CHUNK):
+            magnitudes = buffer(1, CHUNK, torch.float32, x.device)[0, : math.prod(shape)]
+            for part in parts:
+                torch.abs(part, out=magnitudes.view(shape))
+                low.append(self._low_bits(magnitudes.view(torch.int32)))
+        self.counts += np.bincount(np.concatenate(low), minlength=1 << 16)
 
     def merge(self, other: "ExactQuantile") -> None:
         """Take in what another has counted for the same bucket."""
@@ -59,3 +60,12 @@ class ExactQuantile:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.bucket, self.rank, self.num_expected = state["bucket"], state["rank"], state["expected"]
         self.counts = np.array(state["counts"])
+
+    def _low_bits(self, bits: Tensor) -> NDArray[np.int32]:
+        """The low bits of the patterns in the bucket. Changes `bits`."""
+        # The high bits equal the bucket's just where xor leaves only low bits; NaN and infinities never do.
+        bits.bitwise_xor_(self.bucket << 16)
+        if bits.device.type == "cpu":  # numpy compares and selects in half of torch's time
+            found: NDArray[np.int32] = bits.numpy()
+            return found[found < 1 << 16]
+        return np.asarray(bits[bits < 1 << 16].cpu())

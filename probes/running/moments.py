@@ -6,19 +6,16 @@ and the only rounding is inside one tensor: relative to sum |x - mean|^p of the 
 """
 
 import math
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from probes.running.chunks import buffer, chunks
+
 CHUNK = 1 << 16
 """Values that are summed at once: half a MiB in float64, which stays in a core's cache."""
-
-_scratch = threading.local()
 
 
 @dataclass(frozen=True)
@@ -105,12 +102,12 @@ class Moments:
 def _power_sums(x: Tensor, shift: float) -> tuple[float, float, float, float]:
     """sum (x - shift)^p for p = 1..4, in float64, chunk by chunk in one buffer."""
     first, products = [], x.new_zeros(2, 2, dtype=torch.float64)
-    for shape, chunks in _chunks(x):
-        powers = _buffer(x.device)[:, : math.prod(shape)]
+    for shape, parts in chunks(x, CHUNK):
+        powers = buffer(2, CHUNK, torch.float64, x.device)[:, : math.prod(shape)]
         (deviation, square), transposed = powers, powers.t()
         target = deviation.view(shape)
-        for chunk in chunks:
-            target.copy_(chunk)
+        for part in parts:
+            target.copy_(part)
             if shift:
                 deviation -= shift
             torch.mul(deviation, deviation, out=square)
@@ -118,27 +115,6 @@ def _power_sums(x: Tensor, shift: float) -> tuple[float, float, float, float]:
             products.addmm_(powers, transposed)  # of (x - shift) and its square, with each other
     (d2, d3), (_, d4) = products.tolist()
     return float(torch.stack(first).sum()) if first else 0.0, d2, d3, d4
-
-
-def _buffer(device: torch.device) -> Tensor:
-    """[2, CHUNK] of float64, the same for every call of a thread: fresh pages would cost as much as the sums."""
-    held: dict[torch.device, Tensor] = _scratch.__dict__.setdefault("buffers", {})
-    if device not in held:
-        held[device] = torch.empty(2, CHUNK, dtype=torch.float64, device=device)
-    return held[device]
-
-
-def _chunks(x: Tensor) -> Iterator[tuple[torch.Size, list[Tensor]]]:
-    """x in parts of at most `CHUNK` values, those of one shape together.
-
-    A strided tensor is cut by rows, so that it is read once and not copied.
-    """
-    flat = x.is_contiguous() or x.ndim < 2
-    for columns in (x.flatten()[None] if flat else x.reshape(-1, x.shape[-1])).split(CHUNK, dim=1):
-        if columns.numel():
-            chunks = columns.split(max(1, CHUNK // columns.shape[1]))
-            for shape, group in groupby(chunks, key=lambda chunk: chunk.shape):
-                yield shape, list(group)
 
 
 def _scaled(value: float) -> int:
