@@ -19,7 +19,9 @@ def scores(ll: list[list[float]], chars: list[list[int]], labels: list[int]) -> 
         for place, (row, label) in enumerate(zip(chars, labels, strict=True))
     )
     tokens = np.array([[2, 3, 4, 5]] * len(ll))
-    return HellaSwagScores(documents, np.array(ll), tokens, "auto: none", "context", "0" * 64, "toy")
+    return HellaSwagScores(
+        documents, np.array(ll), tokens, "auto: none", "asked for", "context", "0" * 64, "toy"
+    )
 
 
 SCORES = scores(
