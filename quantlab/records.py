@@ -30,8 +30,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from quantlab.errors import OutputError
-from quantlab.errors import RecordError as RecordError  # what reading a record raises, for its readers
+from quantlab.errors import (
+    OutputError as OutputError,  # what reading and writing raises, for those who only know records
+)
+from quantlab.errors import RecordError as RecordError
 
 if TYPE_CHECKING:
     import pandas

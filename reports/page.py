@@ -15,8 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from quantlab.errors import OutputError
-from quantlab.records import write_atomic
+from quantlab.records import OutputError, write_atomic
 from reports import outlier_tables, provenance, score_tables
 from reports.cautions import cautions
 from reports.figures.accuracy_bits import accuracy_bits
