@@ -30,9 +30,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from quantlab.errors import (
-    OutputError as OutputError,  # what reading and writing raises, for those who only know records
-)
+# Re-exported: what reading and writing raises, for those who know records only.
+from quantlab.errors import OutputError as OutputError
 from quantlab.errors import RecordError as RecordError
 
 if TYPE_CHECKING:
