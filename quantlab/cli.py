@@ -150,7 +150,8 @@ def sweep(
     json_: options.Json = False,
 ) -> None:
     """Every scheme of a grid, scored on every checkpoint, and a report."""
-    from quantlab.config import merged, read_yaml, run_name
+    from quantlab.config import run_name
+    from quantlab.sections import merged, read_yaml
 
     tree = read_yaml(config_file) if config_file else {}
     places = {"hellaswag": options.given(limit=limit, seed=seed), "perplexity": options.given(seed=seed)}
@@ -187,7 +188,8 @@ def run(
     json_: options.Json = False,
 ) -> None:
     """A whole run as one file: profile, sweep, export and report."""
-    from quantlab.config import build_config, merged, read_yaml
+    from quantlab.config import build_config
+    from quantlab.sections import merged, read_yaml
 
     asked = options.given(out=out) | options.sections({"sweep": options.given(workers=workers)})
     places = [
@@ -262,7 +264,7 @@ def train(
     json_: options.Json = False,
 ) -> None:
     """Matched models: variants trained on the same text, in the same order, with as many parameters."""
-    from quantlab.config import build_section, merged, read_yaml
+    from quantlab.sections import build_section, merged, read_yaml
     from quantlab.train.config import TrainConfig
     from quantlab.train.progress import TrainProgress
     from quantlab.train.run import train

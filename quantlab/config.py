@@ -7,32 +7,14 @@ and the command line's options are merged into the same mapping before it is val
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
-import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from probes.catalogue import STATISTICS
-from quantlab.errors import ConfigError, nearest
+from quantlab.errors import nearest
 from quantlab.schemes import Scheme
-
-
-class Section(BaseModel):
-    """A frozen section that forbids unknown keys and documents every field by the string below it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-AnySection = TypeVar("AnySection", bound=Section)
-"""A section of any kind: a run, a training."""
+from quantlab.sections import Section, build_section, read_yaml
 
 
 class CheckpointConfig(Section):
@@ -305,56 +287,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return build_config(read_yaml(path), overrides, where=str(path))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file must be readable text: {path}: {error}.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file must be YAML: {path}: {' '.join(str(error).split())}.") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"config file must hold a mapping of sections: {path} holds {type(tree).__name__}.")
-    return tree
-
-
 def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "options") -> RunConfig:
     """Validate a mapping as a `RunConfig` after merging `section.key=value` overrides into it."""
     return build_section(RunConfig, tree, overrides, where)
 
 
-def build_section(
-    root: type[AnySection], tree: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "options"
-) -> AnySection:
-    """Validate a mapping as a section of any kind after merging `section.key=value` overrides into it.
-
-    Raises:
-        ConfigError: an unknown key (the nearest known one is named), a value out of range.
-    """
-    merged: dict[str, Any] = _copy(tree)
-    for override in overrides:
-        _apply(merged, override)
-    try:
-        return root.model_validate(merged)
-    except ValidationError as error:
-        raise ConfigError(_one_sentence(error, where, root)) from error
-
-
 def run_name(path: str) -> str:
     """A run's name from a checkpoint's path: the letters, digits and ._- of its last part."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(path).name).strip("-._") or "run"
-
-
-def merged(tree: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options over a tree, section by section; an empty section of options changes nothing."""
-    result = dict(tree)
-    for key, value in options.items():
-        if not isinstance(value, Mapping):
-            result[key] = value
-        elif value:
-            below = result.get(key)
-            result[key] = merged(below if isinstance(below, Mapping) else {}, value)
-    return result
 
 
 def _scheme_names(values: Sequence[str]) -> tuple[str, ...]:
@@ -372,68 +312,3 @@ def _check_named(path: str, info: ValidationInfo) -> None:
         raise ValueError(
             f"a checkpoint that is named must stand once under 'checkpoints': {path!r} stands twice"
         )
-
-
-def _copy(tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {str(key): _copy(value) for key, value in tree.items()}
-    return [_copy(value) for value in tree] if isinstance(tree, list | tuple) else tree
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Merge one `section.key=value`; the value is read as YAML, and `checkpoints.dtype` reaches every checkpoint."""
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
-        raise ConfigError(f"--set takes section.key=value, found {override!r}.")
-    *sections, key = dotted.replace("-", "_").split(".")
-    nodes: list[Any] = [tree]
-    for section in sections:
-        nodes = [child for node in nodes for child in _children(node, section, dotted)]
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {dotted} takes a YAML value, found {text!r}.") from error
-    for node in nodes:
-        if not isinstance(node, dict):
-            raise ConfigError(f"--set {dotted} names no key: {'.'.join(sections)} holds a plain value.")
-        node[key] = value
-
-
-def _children(node: Any, section: str, dotted: str) -> list[Any]:
-    if not isinstance(node, dict):
-        raise ConfigError(f"--set {dotted} names no key: {section!r} is inside a plain value.")
-    child = node.get(section)
-    if child is None:
-        child = node[section] = {}
-    return child if isinstance(child, list) else [child]
-
-
-def _one_sentence(error: ValidationError, where: str, root: type[Section]) -> str:
-    """The first fault of a validation, with its place and, for an unknown key, the nearest known one."""
-    fault = error.errors()[0]
-    place = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        section = _section_at(fault["loc"][:-1], root)
-        known = list(section.model_fields)
-        hint = nearest(str(fault["loc"][-1]), known) or f" Known keys: {', '.join(known)}."
-        return f"unknown key {place!r} in {where}.{hint}"
-    if fault["type"] == "missing":
-        return f"key {place!r} is missing in {where}."
-    message = fault["msg"].removeprefix("Value error, ").rstrip(".")
-    return f"{place or 'configuration'} in {where}: {message}; found {fault['input']!r}."
-
-
-def _section_at(location: Sequence[int | str], root: type[Section]) -> type[Section]:
-    """The section class at a location below `root` such as ("checkpoints", 0) or ("profile", "text")."""
-    section = root
-    for part in location:
-        if isinstance(part, str) and part in section.model_fields:
-            section = _section_in(section.model_fields[part].annotation) or section
-    return section
-
-
-def _section_in(annotation: Any) -> type[Section] | None:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    found = (_section_in(argument) for argument in getattr(annotation, "__args__", ()))
-    return next((section for section in found if section), None)

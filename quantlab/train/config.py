@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from quantlab.config import Section, build_section, read_yaml
+from quantlab.sections import Section, build_section, read_yaml
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 

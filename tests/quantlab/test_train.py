@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from quantlab.config import build_section
 from quantlab.errors import ConfigError, DataError, OutputError
 from quantlab.models.modeling import seeded_model
+from quantlab.sections import build_section
 from quantlab.train.blocks import EpochOrder, collate, held_out_blocks, train_blocks
 from quantlab.train.checkpoints import Clock, last_whole, mark_whole
 from quantlab.train.config import ScheduleConfig, TrainConfig, VariantConfig, load_train_config

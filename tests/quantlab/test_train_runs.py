@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantlab.models  # noqa: F401  (registers the architecture)
 from quantlab.cli import main
-from quantlab.config import build_section
 from quantlab.errors import ConfigError
+from quantlab.sections import build_section
 from quantlab.train import run as runs
 from quantlab.train.config import TrainConfig
 from quantlab.train.corpus import open_corpus

@@ -1,0 +1,50 @@
+"""What calibration knows of a linear's inputs and of an attention layer's queries, keys and values.
+
+I: input channels of a linear; H: heads, C: channels of a head.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["AttentionStats", "LinearStats", "Ranges"]
+
+
+@dataclass(frozen=True)
+class LinearStats:
+    """Statistics of one linear's inputs x over all calibration tokens."""
+
+    gram_II: Tensor
+    """Sum over tokens of x x^T, [I, I], float32 or float64; linears that read one tensor share one Gram matrix."""
+    minimum_I: Tensor
+    """Smallest value of each channel, float32."""
+    maximum_I: Tensor
+    """Largest value of each channel, float32."""
+    mean_I: Tensor
+    """Mean of each channel, float32."""
+    num_tokens: int
+    """Tokens that were seen; a layer's expert may see fewer than its neighbours."""
+
+    @property
+    def absmax_I(self) -> Tensor:
+        """Largest magnitude of each channel, float32."""
+        return self.minimum_I.abs().maximum(self.maximum_I.abs())
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Extremes of each channel of each head."""
+
+    minimum_HC: Tensor
+    """float32."""
+    maximum_HC: Tensor
+    """float32."""
+
+
+@dataclass(frozen=True)
+class AttentionStats:
+    """What enters one layer's attention product, after rotary embedding."""
+
+    query: Ranges
+    key: Ranges
+    value: Ranges

@@ -1,0 +1,20 @@
+"""What a weight method makes of one matrix."""
+
+from dataclasses import dataclass
+
+from quantlab.numerics.affine import QuantizedTensor
+from quantlab.numerics.codebook import CodebookTensor
+
+__all__ = ["Quantized", "Solved"]
+
+Quantized = QuantizedTensor | CodebookTensor
+"""Codes and what they stand for: both have `dequantize()` [O, I] and `storage_bits(scale_bits)`."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Codes of one matrix, and how they came about."""
+
+    quantized: Quantized
+    note: str = ""
+    """Every fallback that was taken, in words for the record; empty where the method ran as asked."""
