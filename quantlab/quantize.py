@@ -14,7 +14,7 @@ document's score moves by at most what the scheme itself costs some document: in
 57 tokens, w8a8: mean difference 0.0004 +- 0.010 nats per token, largest 0.08, where the scheme costs up to 0.13.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -22,25 +22,17 @@ import torch
 from torch import nn
 
 from probes.attention import attention_sites
-from probes.sites import attention_layers, decoder_layers
 from quantlab.changes import Change, Changes
 from quantlab.errors import SchemeError, nearest
 from quantlab.kernels.choice import KERNELS, Kernel, check_integers, choose_kernel
-from quantlab.layers.fake_quant import FakeQuant, QuantOutput
+from quantlab.layers.fake_quant import FakeQuant
 from quantlab.layers.linear import QuantLinear, weight_of
-from quantlab.layers.targets import Choice, Target, check_skip, choose_targets, is_skipped, parents_of
+from quantlab.layers.sites import Undo, find_outputs, find_sites, replace_module, swap_output, swap_site
+from quantlab.layers.targets import Choice, Target, check_skip, choose_targets, is_skipped
 from quantlab.methods import rtn
-from quantlab.schemes import Scheme, TensorSpec, check_shapes
+from quantlab.schemes import Scheme, check_shapes
 
 __all__ = ["Change", "Changes", "quantize_", "quantized"]
-
-_ALONE: dict[str, Callable[[TensorSpec], Scheme]] = {
-    "attn_logits": lambda spec: Scheme(logits=spec),
-    "attn_probs": lambda spec: Scheme(probs=spec),
-    "attn_effective": lambda spec: Scheme(effective=spec),
-}
-"""Site -> the scheme that quantizes it alone."""
-_Undo = list[tuple[nn.Module, str, nn.Module]]
 
 
 def quantize_(
@@ -79,7 +71,7 @@ def quantized(
 
     Takes what `quantize_` takes, and enters `attention_sites(model)` by itself where the scheme has sites.
     """
-    undo: _Undo = []
+    undo: Undo = []
     with ExitStack() as stack:
         if scheme.sites:
             stack.enter_context(attention_sites(model))
@@ -93,7 +85,7 @@ def _swap(
     skip: Sequence[str],
     kernel: str,
     scale_dtype: torch.dtype,
-    undo: _Undo | None,
+    undo: Undo | None,
 ) -> Changes:
     """Check everything, then swap; what was swapped is noted in `undo`, where there is one."""
     if kernel not in KERNELS:
@@ -110,16 +102,16 @@ def _swap(
     choice = choose_targets(model, skip) if touches else Choice((), (), ())
     if touches:
         _check_shapes(model, scheme, choice.chosen, runs)
-    sites, outputs = _find_sites(model, scheme), _find_outputs(model, scheme)
+    sites, outputs = find_sites(model, scheme), find_outputs(model, scheme)
     how = _How(scheme, scale_dtype, runs, reason)
     chosen = set(choice.chosen)
     rows = [
         _swap_linear(model, target, how, undo) if target in chosen else _stays(target, skip)
         for target in choice.targets
     ]
-    rows += [_swap_site(layer, prefix, name, spec, undo) for prefix, layer, name, spec in sites]
+    rows += [swap_site(layer, prefix, name, spec, undo) for prefix, layer, name, spec in sites]
     # Last, since layers are found by what is inside them.
-    rows += [_swap_output(model, module, name, spec, undo) for name, module, spec in outputs]
+    rows += [swap_output(model, module, name, spec, undo) for name, module, spec in outputs]
     return Changes(scheme.name, tuple(rows), num_parameters)
 
 
@@ -129,49 +121,6 @@ def _check_shapes(model: nn.Module, scheme: Scheme, chosen: Sequence[Target], ru
     check_shapes(scheme, linears)
     if runs == "int8_mm":
         check_integers(scheme, linears, next(model.parameters()).device)
-
-
-def _find_sites(model: nn.Module, scheme: Scheme) -> list[tuple[str, nn.Module, str, TensorSpec]]:
-    """(layer's name, layer, site, spec) of every attention site that the scheme quantizes."""
-    if not scheme.sites:
-        return []
-    layers = attention_layers(model)
-    if not all(hasattr(layer, "attn_logits") for _, layer in layers):
-        raise SchemeError(
-            f"{scheme.name} quantizes attention sites, which live inside attention_sites(model): enter it around "
-            "quantize_, or use quantized(model, scheme)."
-        )
-    lacking = [prefix for prefix, layer in layers if not all(hasattr(layer, name) for name in scheme.sites)]
-    if lacking:
-        raise SchemeError(
-            f"{scheme.name} quantizes effective maps, which exist where attention joins its maps before the values: "
-            f"{lacking[0]} ({type(model.get_submodule(lacking[0])).__name__}) joins none. Leave the part 'e' out."
-        )
-    return [(prefix, layer, name, spec) for prefix, layer in layers for name, spec in scheme.sites.items()]
-
-
-def _find_outputs(model: nn.Module, scheme: Scheme) -> list[tuple[str, nn.Module, TensorSpec]]:
-    """(name, module, spec) of every lambda and decoder layer whose output the scheme quantizes."""
-    found: list[tuple[str, nn.Module, TensorSpec]] = []
-    if scheme.lambdas is not None:
-        layers = [item for item in attention_layers(model) if getattr(item[1], "lambda_of_tokens", False)]
-        if not layers:
-            raise SchemeError(
-                f"{scheme.name} quantizes lambda of each token, which {type(model).__name__} has not: its attention "
-                "has no lambda, or one a layer, which lies on its own grid. Leave the part 'd' out."
-            )
-        found += [
-            (f"{prefix}.lambda_", layer.get_submodule("lambda_"), scheme.lambdas) for prefix, layer in layers
-        ]
-    if scheme.hidden is not None:
-        layers = decoder_layers(model)
-        if not all(type(parent) is nn.ModuleList for parent, _ in parents_of(model, layers[0][1])):
-            raise SchemeError(
-                f"{scheme.name} quantizes outputs of decoder layers, which run one after the other: those of "
-                f"{type(model).__name__} are integrated over depth. Leave the part 'x' out."
-            )
-        found += [(name, layer, scheme.hidden) for name, layer in layers]
-    return found
 
 
 @dataclass(frozen=True)
@@ -185,7 +134,7 @@ class _How:
     """Why this kernel and not the one asked for; empty where it is."""
 
 
-def _swap_linear(model: nn.Module, target: Target, how: _How, undo: _Undo | None) -> Change:
+def _swap_linear(model: nn.Module, target: Target, how: _How, undo: Undo | None) -> Change:
     """Put a QuantLinear in the place of one linear, under every name that it has."""
     scheme = how.scheme
     linear = model.get_submodule(target.name)
@@ -196,17 +145,10 @@ def _swap_linear(model: nn.Module, target: Target, how: _How, undo: _Undo | None
             quantized = rtn.quantize_weight(weight_of(linear), scheme.weights, scale_dtype=how.scale_dtype)
             storage_bits = 0 if target.tied_to else quantized.storage_bits(8 * how.scale_dtype.itemsize)
         swapped = QuantLinear(linear, quantized, scheme.activations, how.kernel, target.name)
-        _replace(model, linear, swapped.train(linear.training), undo)
+        replace_module(model, linear, swapped.train(linear.training), undo)
     bits = 16 if scheme.weights is None else scheme.weights.bits
     why = f"{Scheme(scheme.weights, scheme.activations).name}{how.reason and f': {how.reason}'}"
     return Change(target.name, "swapped", why, bits, target.num_weights, how.kernel, storage_bits)
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module, undo: _Undo | None) -> None:
-    for parent, name in list(parents_of(model, old)):
-        setattr(parent, name, new)
-        if undo is not None:
-            undo.append((parent, name, old))
 
 
 def _stays(target: Target, skip: Sequence[str]) -> Change:
@@ -224,25 +166,7 @@ def _stays(target: Target, skip: Sequence[str]) -> Change:
     )
 
 
-def _swap_site(layer: nn.Module, prefix: str, name: str, spec: TensorSpec, undo: _Undo | None) -> Change:
-    """Put a FakeQuant in the place of one attention site."""
-    if undo is not None:
-        undo.append((layer, name, layer.get_submodule(name)))
-    setattr(layer, name, FakeQuant(spec, "map"))
-    what = _ALONE[name](spec).name
-    return Change(f"{prefix}.{name}", "swapped", what, spec.bits, 0, "simulated")
-
-
-def _swap_output(
-    model: nn.Module, module: nn.Module, name: str, spec: TensorSpec, undo: _Undo | None
-) -> Change:
-    """Put a QuantOutput around one module."""
-    parts = Scheme(lambdas=spec) if name.endswith(".lambda_") else Scheme(hidden=spec)
-    _replace(model, module, QuantOutput(module, spec).train(module.training), undo)
-    return Change(name, "swapped", parts.name, spec.bits, 0, "simulated")
-
-
-def _restore(undo: _Undo) -> None:
+def _restore(undo: Undo) -> None:
     """Put back what was there, the last swap first."""
     while undo:
         parent, name, module = undo.pop()
