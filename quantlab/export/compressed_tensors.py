@@ -60,7 +60,7 @@ def layout(model: nn.Module, scheme: Scheme, swapped: Sequence[str], dtype: torc
             of them share one weight, which readers could not tie again.
     """
     spec = scheme.weights
-    assert spec is not None, "the format's check lets no scheme without weights through"
+    assert isinstance(spec, TensorSpec), "the format's check lets no other weights through"
     packed = scheme.activations is None
     linears = {name: _linear(model, name) for name in swapped}
     _check_separate(linears)
@@ -145,7 +145,7 @@ def _layout_name(scheme: Scheme) -> str:
 
 
 def _quantization_config(scheme: Scheme, ignored: Sequence[str]) -> dict[str, Any]:
-    assert scheme.weights is not None
+    assert isinstance(scheme.weights, TensorSpec)
     name = _layout_name(scheme)
     group = {
         "targets": ["Linear"],

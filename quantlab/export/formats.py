@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from quantlab.errors import ConfigError, SchemeError, nearest
-from quantlab.schemes import Scheme
+from quantlab.schemes import Scheme, TensorSpec
 
 __all__ = ["FORMATS", "Format", "find_format"]
 
@@ -57,10 +57,12 @@ def find_format(name: str) -> Format:
 
 def _beyond_compressed_tensors(scheme: Scheme) -> str | None:
     """What pack-quantized (weights only) and int-quantized (w8a8) cannot hold of a scheme."""
-    if scheme.sites or scheme.lambdas or scheme.hidden:
-        return "a folder of weights carries no quantized attention logits or probabilities"
-    if scheme.weights is None:
-        return "it leaves the weights at 16 bits"
+    if scheme.sites or scheme.head_sites or scheme.lambdas or scheme.hidden:
+        return "a folder of weights carries no quantized attention, cache or hidden states"
+    if not isinstance(scheme.weights, TensorSpec):
+        return f"its weights are {scheme.format}" if scheme.format else "it leaves the weights at 16 bits"
+    if scheme.method != "rtn" or scheme.transforms or scheme.mixed:
+        return "this version writes weights that are rounded to nearest, all of one width"
     if scheme.weights.granularity not in ("channel", "group"):
         return "weights need a scale per channel or per group"
     if not scheme.weights.symmetric:

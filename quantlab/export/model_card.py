@@ -15,7 +15,7 @@ import yaml
 
 import quantlab
 from quantlab.records import Record
-from quantlab.schemes import Scheme, TensorSpec
+from quantlab.schemes import Scheme, TensorSpec, WeightFormat
 
 __all__ = ["CardFacts", "matching_scores", "model_card"]
 
@@ -169,9 +169,11 @@ def _facts_rows(facts: CardFacts) -> list[tuple[str, str]]:
     ]
 
 
-def _grid(spec: TensorSpec | None) -> str:
+def _grid(spec: TensorSpec | WeightFormat | None) -> str:
     if spec is None:
         return "not quantized"
+    if isinstance(spec, WeightFormat):
+        return spec.name
     scale = {
         "channel": "a scale per output channel",
         "group": f"a scale per {spec.group_size} inputs",

@@ -25,7 +25,8 @@ class CodebookTensor:
     def dequantize(self) -> Tensor:
         """The real matrix [O, I], float32: values[codes] * scale."""
         real = self.values[self.codes.long()].unflatten(-1, (self.scale.shape[-1], -1))
-        return (real * self.scale.unsqueeze(-1)).flatten(-2)
+        dequantized: Tensor = (real * self.scale.unsqueeze(-1)).flatten(-2)
+        return dequantized
 
     def storage_bits(self, scale_bits: int) -> int:
         """Bits of codes and scales packed densely; the format fixes how a scale is stored, whatever `scale_bits`."""

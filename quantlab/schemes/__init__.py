@@ -1,5 +1,18 @@
-"""Schemes: what is quantized and how, and the names by which people say it."""
+"""Schemes: what is quantized and how, and the names by which people say it. No torch."""
 
-from quantlab.schemes.old import SCHEMES, Granularity, Scheme, TensorSpec, check_shapes
+from quantlab.schemes.catalogue import METHODS, SCHEMES, TRANSFORMS, WEIGHT_FORMATS
+from quantlab.schemes.scheme import Scheme
+from quantlab.schemes.shapes import check_shapes
+from quantlab.schemes.spec import Granularity, TensorSpec, WeightFormat
 
-__all__ = ["SCHEMES", "Granularity", "Scheme", "TensorSpec", "check_shapes"]
+__all__ = [
+    "METHODS",
+    "SCHEMES",
+    "TRANSFORMS",
+    "WEIGHT_FORMATS",
+    "Granularity",
+    "Scheme",
+    "TensorSpec",
+    "WeightFormat",
+    "check_shapes",
+]

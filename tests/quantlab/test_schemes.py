@@ -2,39 +2,61 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from quantlab.errors import SchemeError
-from quantlab.schemes import SCHEMES, Scheme, TensorSpec, check_shapes
+from quantlab.schemes import METHODS, SCHEMES, TRANSFORMS, WEIGHT_FORMATS, Scheme, TensorSpec, check_shapes
 
 
-def _specs(*granularities: str) -> st.SearchStrategy[TensorSpec | None]:
-    def build(bits: int, granularity: str, size: int, symmetric: bool) -> TensorSpec:
-        return TensorSpec(bits, granularity, size if granularity == "group" else None, symmetric)  # type: ignore[arg-type]
+def _specs(*granularities: str, static: tuple[str, ...] = ()) -> st.SearchStrategy[TensorSpec | None]:
+    def build(bits: int, granularity: str, size: int, symmetric: bool, fixed: bool) -> TensorSpec:
+        group_size = size if granularity == "group" else None
+        return TensorSpec(bits, granularity, group_size, symmetric, fixed and granularity in static)  # type: ignore[arg-type]
 
-    values = (st.integers(2, 8), st.sampled_from(granularities), st.integers(2, 4096), st.booleans())
-    return st.none() | st.builds(build, *values)
+    values = (st.integers(2, 8), st.sampled_from(granularities), st.integers(2, 4096))
+    return st.none() | st.builds(build, *values, st.booleans(), st.booleans())
+
+
+def _cache() -> st.SearchStrategy[TensorSpec | None]:
+    window = st.integers(32, 999)
+    return st.none() | st.builds(TensorSpec, st.integers(2, 8), st.just("channel"), window=window)
 
 
 ALL_SCHEMES = st.builds(
     Scheme,
     weights=_specs("channel", "tensor", "group"),
-    activations=_specs("row", "tensor", "channel", "group"),
+    activations=_specs("row", "tensor", "channel", "group", static=("tensor", "channel")),
+    query=_specs("row", "tensor", "head", "channel", "group", static=("tensor", "head", "channel")),
+    cache=_cache(),
     logits=_specs("tensor", "head", "row"),
     probs=_specs("tensor", "head", "row"),
 )
+NAMED = st.builds(
+    lambda scheme, method, transforms, mixed: (
+        scheme
+        if scheme.weights is None
+        else replace(
+            scheme, method=method, transforms=tuple(t for t in TRANSFORMS if t in transforms), mixed=mixed
+        )
+    ),
+    ALL_SCHEMES,
+    st.sampled_from(list(METHODS)),
+    st.sets(st.sampled_from(["fold", "smooth", "rotate", "bias"])),
+    st.booleans(),
+)
 
 
-@given(ALL_SCHEMES)
+@given(NAMED)
 def test_every_value_has_a_name_that_parses_back(scheme: Scheme) -> None:
     assert Scheme.parse(scheme.name) == scheme
     assert Scheme.parse(scheme.name).name == scheme.name
 
 
-@given(ALL_SCHEMES, ALL_SCHEMES)
+@given(NAMED, NAMED)
 def test_names_agree_exactly_when_schemes_do(one: Scheme, other: Scheme) -> None:
     assert (one.name == other.name) == (one == other)
 
@@ -43,7 +65,7 @@ def test_names_agree_exactly_when_schemes_do(one: Scheme, other: Scheme) -> None
 def test_case_order_and_dashes_parse(scheme: Scheme, data: st.DataObject) -> None:
     parts = [
         Scheme(**{field: getattr(scheme, field)}).name
-        for field in ("weights", "activations", "logits", "probs")
+        for field in ("weights", "activations", "query", "cache", "logits", "probs")
     ]
     shuffled = data.draw(st.permutations(parts))
     dashes = data.draw(st.sampled_from(["", "-", "--"]))
@@ -71,6 +93,13 @@ def test_known_examples_are_canonical() -> None:
         ("l16", "w16"),
         ("w16a16", "w16"),
         (" w4g64a8l6t-rtn ", "w4g64a8l6t"),
+        ("SMOOTH-w8a8-gptq", "w8a8-gptq-smooth"),
+        ("w4-bias-rotate-fold", "w4-fold-rotate-bias"),
+        ("kv8l6tw4g64a8-gptq", "w4g64a8kv8l6t-gptq"),
+        ("l8r-NF4", "nf4-l8r"),
+        ("kv2u128zc", "kv2czu128"),
+        ("v8k8q8", "q8k8v8"),
+        ("w4-mixed-gptq", "w4-gptq-mixed"),
     ],
 )
 def test_other_spellings(text: str, name: str) -> None:
@@ -82,7 +111,7 @@ def test_other_spellings(text: str, name: str) -> None:
     [
         ("", "unknown scheme ''"),
         ("---", "unknown scheme"),
-        ("w4q128", "'q' in 'w4q128'"),
+        ("w4q128", "2 to 8, or 16 for untouched: 'w4q128' asks for q128"),
         ("w4g12b", "unknown scheme 'w4g12b'.*Did you mean 'w4g128'"),
         ("w4-awqq", "unknown 'awqq' in scheme.*Did you mean 'awq'"),
         ("w9", "2 to 8, or 16 for untouched: 'w9' asks for w9"),
@@ -98,17 +127,34 @@ def test_other_spellings(text: str, name: str) -> None:
         ("l8c", "attention logits .* found c .channel."),
         ("p8g32", "attention probabilities .* found g .group."),
         ("w4s", "weights are always static"),
-        ("a8ts", "static scales of inputs of linears are not available"),
-        ("l8ts", "static scales of attention logits are not available"),
-        ("q8", "output.* of the query projection .* not available"),
-        ("k8", "output.* of the key projection .* not available"),
-        ("v8", "output.* of the value projection .* not available"),
-        ("w4kv8", "key-value cache .* not available"),
-        ("w4-gptq", "weight method 'gptq' is not available"),
-        ("w4-rtn-smooth", "transform 'smooth' is not available"),
+        ("a8s", "inputs of linears take static scales per t .tensor. or c .channel.: found rs"),
+        ("a8g32s", "take static scales per .*: found gs"),
+        ("l8ts", "attention logits have dynamic scales only: found ts. Leave the 's' out"),
+        ("p8hs", "attention probabilities have dynamic scales only"),
+        ("kv8rs", "take static scales per t .tensor., h .head. or c|take static scales per t .tensor. or h"),
+        ("kv8t", "must not know of later tokens: kv8t spans the whole sequence. Use kv8ts"),
+        ("kv4h", "must not know of later tokens: kv4h"),
+        ("kv4c", "share a channel's scale over 32 tokens.*found no window. Use kv4cu128"),
+        ("kv2czu16", "at least as many of the last ones unquantized: found u16"),
+        ("k4u32", "a window of unquantized keys is the cache's .'kv'. alone: leave u32 out"),
+        ("kv4u0", "a window must hold at least 1 key: found 0"),
+        ("e4tm1", "a map is chosen of attention logits and probabilities only: leave m1 out"),
+        ("l4tm1m2", "takes one granularity: found 'tm1m2'"),
+        ("l4tm3", "unknown scheme 'l4tm3'"),
+        ("k8kv4", "the cache .'kv'. holds keys and values"),
+        ("gptq", "gptq needs weights on a uniform grid .w4g64-gptq.: found none"),
+        ("a8-awq", "awq needs weights on a uniform grid"),
+        ("nf4-gptq", "gptq needs weights on a uniform grid .w4g64-gptq.: found nf4"),
+        ("w4-gptq-awq", "names a weight method twice: 'awq' cannot be added"),
+        ("w4-nf4", "names weights twice: 'nf4' cannot be added"),
+        ("nf4-fp4", "names weights twice: 'fp4' cannot be added"),
+        ("w4-rotate-spin", "spin is rotate with a learned rotation"),
+        ("a8-bias", "bias makes up for the error of quantized weights: found none"),
+        ("l8t-mixed", "mixed needs weights on a uniform grid"),
+        ("llm_int8-a8", "llm_int8 quantizes the inputs of linears its own way"),
         ("q6_k", "format 'q6_k' is not available"),
-        ("NF4", "format 'nf4' is not available"),
-        ("l6t-nf4", "format 'nf4' is not available"),
+        ("l6t-Q8_0", "format 'q8_0' is not available"),
+        ("nf5", "unknown scheme 'nf5'.*Did you mean 'nf4'"),
         ("w" + "9" * 5000, "unknown scheme 'w9{39}\\.\\.\\.'"),
         ("w4g" + "1" * 5000, "unknown scheme"),
         ("w4-g" + "1" * 5000, "unknown 'g1{39}\\.\\.\\.' in scheme"),
@@ -139,15 +185,73 @@ def test_a_spec_that_means_nothing_cannot_be_built(arguments: tuple[object, ...]
 
 
 def test_which_schemes_span_a_sequence() -> None:
-    spanning = ["a8t", "w8a8t", "a8c", "l8t", "l8h", "p8t", "p4h", "w4g64a8l6t"]
-    single = ["w16", "w4", "w4t", "w4g64", "w8a8", "a8g32", "l8r", "p8r", "w4a8l4r"]
+    spanning = [
+        "a8t",
+        "w8a8t",
+        "a8c",
+        "l8t",
+        "l8h",
+        "p8t",
+        "p4h",
+        "w4g64a8l6t",
+        "k8t",
+        "q8h",
+        "kv4cu128",
+        "kv8u9",
+    ]
+    spanning += ["llm_int8"]
+    single = [
+        "w16",
+        "w4",
+        "w4t",
+        "w4g64",
+        "w8a8",
+        "a8g32",
+        "l8r",
+        "p8r",
+        "w4a8l4r",
+        "k8",
+        "kv8",
+        "kv4g32",
+        "a8ts",
+    ]
+    single += ["kv8ts", "nf4", "w4-gptq-rotate"]
     assert [Scheme.parse(name).spans_sequence for name in spanning] == [True] * len(spanning)
     assert [Scheme.parse(name).spans_sequence for name in single] == [False] * len(single)
 
 
 def test_which_schemes_round_values() -> None:
     assert [Scheme.parse(name).rounds_values for name in ("w16", "w4g64z")] == [False] * 2
-    assert [Scheme.parse(name).rounds_values for name in ("a8", "w8a8", "l8r", "p8t", "w4l4t")] == [True] * 5
+    assert [
+        Scheme.parse(name).rounds_values
+        for name in ("a8", "w8a8", "l8r", "p8t", "w4l4t", "kv8", "q4", "llm_int8")
+    ] == [True] * 8
+
+
+def test_what_schemes_need_of_calibration() -> None:
+    needs = {
+        "w4g64": set(),
+        "w4-hqq": set(),
+        "kv8a8": set(),
+        "w4-gptq": {"tokens", "inputs"},
+        "w4-autoround": {"tokens"},
+        "w4a4-rotate": {"tokens"},
+        "w8a8-smooth": {"tokens", "inputs"},
+        "a8ts": {"tokens", "inputs"},
+        "kv8hs": {"tokens", "attention"},
+    }
+    assert {name: set(Scheme.parse(name).needs) for name in needs} == needs
+
+
+def test_formats_are_weights() -> None:
+    for name, form in WEIGHT_FORMATS.items():
+        assert Scheme.parse(name).weights == form and Scheme.parse(name).name == name
+    assert Scheme.parse("l8t-nf4").format == "nf4"
+    linears = {"model.layers.0.mlp.down_proj": (64, 96)}
+    with pytest.raises(
+        SchemeError, match=r"in_features=96, group_size=64\. Use a scheme without blocks of 64"
+    ):
+        check_shapes(Scheme.parse("nf4"), linears)
 
 
 def test_the_baseline() -> None:

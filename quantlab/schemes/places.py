@@ -1,0 +1,111 @@
+"""Places: what one letter of a scheme's name quantizes, and what may share a scale there.
+
+w   weights of linears          c output channel, t tensor, gN groups of N along the input
+a   inputs of linears           r token, t sequence, c channel of a sequence, gN groups within a token
+q k v                           queries, keys and values as they enter the attention product (after rotary
+                                embedding): r token of a head, t sequence, h head, c channel, gN within a head
+kv  the cache of keys, values   r token of a head, gN within a head; c keys per channel in groups of 32 tokens
+                                and values per token; t, h only static
+l   attention logits            t tensor, h head, r query row; always named
+p   attention probabilities     as l
+e   effective maps              as l: A1 - lambda A2, where attention joins its maps before the values
+d   lambda of each token        r token (its heads), t sequence; diff_v2's
+x   outputs of decoder layers   as a: the residual stream after each layer
+"""
+
+from dataclasses import dataclass
+
+from quantlab.errors import SchemeError
+from quantlab.schemes.spec import LETTER_OF, Granularity, TensorSpec
+
+__all__ = ["CACHE_GROUP", "PLACES", "Place", "check_place"]
+
+CACHE_GROUP = 32
+"""Tokens that share the scales of a cache's keys where those are per channel (KIVI, arXiv:2402.02750)."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What one letter of a name quantizes."""
+
+    field: str
+    what: str
+    granularities: tuple[Granularity, ...]
+    """Those that mean something there, default first."""
+    static: tuple[Granularity, ...] = ()
+    """Those that calibration can fix."""
+    always_named: bool = False
+    """Whether the default granularity is written too."""
+
+
+_WITHIN_HEADS: tuple[Granularity, ...] = ("row", "tensor", "head", "channel", "group")
+_FIXED: tuple[Granularity, ...] = ("tensor", "head", "channel")
+_MAP: tuple[Granularity, ...] = ("tensor", "head", "row")
+
+PLACES = {
+    "w": Place("weights", "weights", ("channel", "tensor", "group")),
+    "a": Place(
+        "activations", "inputs of linears", ("row", "tensor", "channel", "group"), ("tensor", "channel")
+    ),
+    "q": Place("query", "queries", _WITHIN_HEADS, _FIXED),
+    "k": Place("key", "keys", _WITHIN_HEADS, _FIXED),
+    "v": Place("value", "values", _WITHIN_HEADS, _FIXED),
+    "kv": Place("cache", "keys and values of the cache", _WITHIN_HEADS, _FIXED),
+    "l": Place("logits", "attention logits", _MAP, always_named=True),
+    "p": Place("probs", "attention probabilities", _MAP, always_named=True),
+    "e": Place("effective", "effective attention maps", _MAP, always_named=True),
+    "d": Place("lambdas", "lambda of each token", ("row", "tensor")),
+    "x": Place("hidden", "outputs of decoder layers", ("row", "tensor", "channel", "group")),
+}
+"""Letter -> place, in the order in which a name has them."""
+
+
+def check_place(letter: str, spec: TensorSpec) -> None:
+    """Refuse a spec that means nothing at the place of this letter.
+
+    Raises:
+        SchemeError: a granularity, static scale, map or window that the place does not have.
+    """
+    place = PLACES[letter]
+    if spec.granularity not in place.granularities:
+        known = ", ".join(f"{LETTER_OF[g]} ({g})" for g in place.granularities)
+        raise SchemeError(
+            f"{place.what} ({letter!r}) take a scale per {known}: found {LETTER_OF[spec.granularity]} "
+            f"({spec.granularity})."
+        )
+    if spec.static and letter == "w":
+        raise SchemeError("weights are always static: leave the 's' out.")
+    if spec.static and spec.granularity not in place.static:
+        known = " or ".join(f"{LETTER_OF[g]} ({g})" for g in place.static)
+        instead = f"take static scales per {known}" if place.static else "have dynamic scales only"
+        raise SchemeError(
+            f"{place.what} {instead}: found {LETTER_OF[spec.granularity]}s. Leave the 's' out"
+            f"{', or change the granularity' if place.static else ''}."
+        )
+    if spec.map is not None and letter not in ("l", "p"):
+        raise SchemeError(
+            f"a map is chosen of attention logits and probabilities only: leave m{spec.map} out."
+        )
+    if letter == "kv":
+        _check_causal(spec)
+    elif spec.window is not None:
+        raise SchemeError(
+            f"a window of unquantized keys is the cache's ('kv') alone: leave u{spec.window} out."
+        )
+
+
+def _check_causal(spec: TensorSpec) -> None:
+    """Refuse a cache in which a scale would know of tokens that the query must not see."""
+    if spec.static or spec.granularity in ("row", "group"):
+        return
+    if spec.granularity in ("tensor", "head"):
+        raise SchemeError(
+            f"a scale of the cache must not know of later tokens: kv{spec.bits}{spec.grain} spans the whole sequence. "
+            f"Use kv{spec.bits}{spec.grain}s (static), or a scale per token (kv{spec.bits})."
+        )
+    if (spec.window or 0) < CACHE_GROUP:
+        raise SchemeError(
+            f"keys of the cache share a channel's scale over {CACHE_GROUP} tokens, so a query must see at least as "
+            f"many of the last ones unquantized: found {f'u{spec.window}' if spec.window else 'no window'}. Use "
+            f"kv{spec.bits}cu128."
+        )
