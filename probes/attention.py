@@ -1,14 +1,16 @@
-"""Attention with sites: `attention_sites(model)` makes attention logits and probabilities modules that can be hooked.
+"""Attention with sites: `attention_sites(model)` makes what happens inside attention modules that can be hooked.
 
 One attention function, registered with transformers' `AttentionInterface`, walks the queries in blocks, each against
 the keys it may see, and calls the `Site` modules of the attention layer:
 
+    q, k, v   as they enter the product          ->  attn_query, attn_key, attn_value, once a call
     logits    = softcap(scale * q k^T) + bias    ->  attn_logits
     probs     = softmax(mask(logits))            ->  attn_probs
     effective = A1 - lambda A2                   ->  attn_effective, where a layer joins its maps (`probes.maps`)
     out       = effective v, or probs v
 
 No tensor holds T x T: memory is O(block x T). Outside the block the model is what it was.
+Where the site of keys or values gives `Aged`, a query's newest keys weigh as they are and older ones as cached.
 
 Against the eager implementation in float32, each logit differs by at most 2 gamma_d sum_i |q_i k_i| scale
 (gamma_n = n eps / (1 - n eps), two dot products of length d in different orders), each probability relatively by twice
@@ -33,11 +35,14 @@ from probes.errors import ProbeError
 from probes.hooks import around
 from probes.maps import MapRule
 from probes.mask_rules import as_mask, mask_rule
-from probes.query_blocks import AttentionCall, rows_of_block
-from probes.sites import QueryBlock, Site, attention_layers, decoder_stack
+from probes.masks import Mask
+from probes.query_blocks import AttentionCall, Past, rows_of_block, seeing_queries, seen_keys
+from probes.sites import Aged, QueryBlock, Site, Tokens, attention_layers, decoder_stack
 
-SITES = ("attn_logits", "attn_probs", "attn_effective")
-"""Sites of an attention layer, in the order in which data passes them; the last only where maps are joined."""
+MAP_SITES = ("attn_logits", "attn_probs", "attn_effective")
+"""Sites that see blocks of queries, in the order in which data passes them; the last only where maps are joined."""
+SITES = ("attn_query", "attn_key", "attn_value", *MAP_SITES)
+"""All sites of an attention layer."""
 NAME = "attention_sites"
 """Under which the attention function and its mask function are registered with transformers."""
 
@@ -95,9 +100,9 @@ def attention_sites(model: nn.Module, *, block_size: int | None = None) -> Itera
     configs = [(config, config._attn_implementation) for config in _configs(model)]
     try:
         for _, module in layers:
-            module.attn_logits, module.attn_probs = Site(), Site()
-            if getattr(module, "combines_maps", False):
-                module.attn_effective = Site()
+            for name in SITES:
+                if name != "attn_effective" or getattr(module, "combines_maps", False):
+                    setattr(module, name, Site())
             module.site_session = session  # type: ignore[assignment]
         for config, _ in configs:
             config._attn_implementation = NAME
@@ -145,20 +150,35 @@ def _attend(
             "to it. Its hidden states can be observed, its attention logits cannot."
         )
     session: _Session = module.site_session  # type: ignore[assignment]
-    call = _call(
-        module,
-        (query, key, value),
+    mask = as_mask(
         attention_mask,
+        query.shape[2],
+        key.shape[2],
+        causal=bool(kwargs.get("is_causal", getattr(module, "is_causal", True))),
+        window=kwargs.get("sliding_window"),
+        device=query.device,
+    )
+    fresh = session.first_call(module, query, key, attention_mask)
+    call = _call(
+        *_entering(module, query, key, value, mask, fresh=fresh),
+        mask,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         maps or MapRule(),
         block_size=session.block_size,
         softcap=softcap,
-        causal=bool(kwargs.get("is_causal", getattr(module, "is_causal", True))),
-        window=kwargs.get("sliding_window"),
     )
-    fresh = session.first_call(module, query, key, attention_mask)
     outputs = _walk(call, module, fresh=fresh, dropout=dropout if module.training else 0.0)
     return outputs, None
+
+
+def _entering(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, *, fresh: bool
+) -> tuple[Tensor, Tensor | Aged, Tensor | Aged]:
+    """Queries, keys and values through their sites. Hooks see values at every call, the others where they are new."""
+    sites = [module.get_submodule(name) for name in ("attn_query", "attn_key", "attn_value")]
+    of_query, of_key = (site if fresh else site.forward for site in sites[:2])
+    queries, keys = Tokens(lambda: seeing_queries(mask)), Tokens(lambda: seen_keys(mask))
+    return of_query(query, queries), of_key(key, keys), sites[2](value, keys)
 
 
 def blocked_attention(
@@ -173,35 +193,52 @@ def blocked_attention(
     block_size: int | None = None,
 ) -> Tensor:
     """The same attention without sites: what a rule means where `attention_sites` is not entered. [B, q, H, dv]."""
-    call = _call(module, (query, key, value), attention_mask, scaling, maps, block_size=block_size)
+    mask = as_mask(
+        attention_mask, query.shape[2], key.shape[2], causal=True, window=None, device=query.device
+    )
+    call = _call(query, key, value, mask, scaling, maps, block_size=block_size)
     blocks = (call.outputs(maps.combine(call.probs(call.logits(b), b), b), b) for b in call.blocks())
     return torch.cat(list(blocks), dim=1)
 
 
 def _call(
-    module: nn.Module,
-    qkv: tuple[Tensor, Tensor, Tensor],
-    attention_mask: Any,
+    query: Tensor,
+    key: Tensor | Aged,
+    value: Tensor | Aged,
+    mask: Mask,
     scaling: float,
     maps: MapRule,
     *,
     block_size: int | None,
     softcap: float | None = None,
-    causal: bool = True,
-    window: int | None = None,
 ) -> AttentionCall:
-    query, key, value = qkv
-    num_queries, num_keys = query.shape[2], key.shape[2]
+    newest = [x.recent if isinstance(x, Aged) else x for x in (key, value)]
     return AttentionCall(
         query,
-        key.reshape(-1, *key.shape[2:]).transpose(1, 2).contiguous(),
-        value.reshape(-1, *value.shape[2:]).contiguous(),
-        as_mask(attention_mask, num_queries, num_keys, causal=causal, window=window, device=query.device),
+        *_laid_out(*newest),
+        mask,
         scaling,
         softcap,
-        rows_of_block(block_size, query.shape[0] * query.shape[1], num_keys),
+        rows_of_block(block_size, query.shape[0] * query.shape[1], mask.num_keys),
         maps,
+        _past(key, value),
     )
+
+
+def _past(key: Tensor | Aged, value: Tensor | Aged) -> Past | None:
+    """What older keys and values are, where a site gave `Aged`."""
+    windows = {x.window for x in (key, value) if isinstance(x, Aged)}
+    if not windows:
+        return None
+    assert len(windows) == 1, "keys and values of one cache have one window"
+    older = [x.past if isinstance(x, Aged) else x for x in (key, value)]
+    return Past(*_laid_out(*older), windows.pop())
+
+
+def _laid_out(key_BKTd: Tensor, value_BKTd: Tensor) -> tuple[Tensor, Tensor]:
+    """[B * K, d, T] and [B * K, T, d], contiguous."""
+    key, value = (x.reshape(-1, *x.shape[2:]) for x in (key_BKTd, value_BKTd))
+    return key.transpose(1, 2).contiguous(), value.contiguous()
 
 
 def _walk(call: AttentionCall, module: nn.Module, *, fresh: bool, dropout: float) -> Tensor:
@@ -210,7 +247,7 @@ def _walk(call: AttentionCall, module: nn.Module, *, fresh: bool, dropout: float
     Hooks see a block once: on the last walk, and only when the call shows new logits. Until then, and on a repeated
     call, the sites' plain `forward` runs; a repeated call reuses the ranges of the first.
     """
-    sites = [site for name in SITES if (site := getattr(module, name, None)) is not None]
+    sites = [site for name in MAP_SITES if (site := getattr(module, name, None)) is not None]
     assert len(sites) == 2 + call.rule.combines, "a layer that joins maps declares combines_maps"
     for position, site in enumerate(sites):
         if fresh and site.spans_rows:

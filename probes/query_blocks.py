@@ -28,6 +28,24 @@ BLOCK_ELEMENTS = 1 << 21
 """Logits in a block when no size is given: 8 MiB of float32. Smaller blocks cost more in calls than cache saves."""
 
 
+@dataclass(frozen=True)
+class Past:
+    """Keys and values as a cache gives them back; a query's newest keys are read as they were instead."""
+
+    key: Tensor
+    """[B * K, d, T]."""
+    value: Tensor
+    """[B * K, T, d]."""
+    window: int
+    """How many keys, up to the query's own, are not read from the cache."""
+
+    def recent(self, block: QueryBlock) -> Tensor:
+        """bool, broadcastable to [B, H, q, t]: the last `window` keys of each query, whose own is the last it sees."""
+        columns = torch.arange(1, block.visible.shape[-1] + 1, device=block.visible.device)
+        own = (block.visible * columns).amax(-1, keepdim=True)
+        return columns > own - self.window
+
+
 @dataclass
 class AttentionCall:
     """One attention call, its keys and values laid out once."""
@@ -43,6 +61,8 @@ class AttentionCall:
     softcap: float | None
     block_size: int
     rule: MapRule = field(default_factory=MapRule)
+    past: Past | None = None
+    """What queries read in place of keys and values that are older than its window."""
 
     def __post_init__(self) -> None:
         self.num_keys = self.key.shape[2]
@@ -72,14 +92,21 @@ class AttentionCall:
         batch, heads, _, width = self.query.shape
         query = _pad_rows(self.query[:, :, block.start : block.start + rows])
         query = query.reshape(self.key.shape[0], -1, width)
-        key = self.key[:, :, block.key_start : block.key_start + keys]
-        out = self._buffer("logits", query, (*query.shape[:2], keys), query.dtype)
-        logits = torch.baddbmm(query.new_zeros(1), query, key, beta=0, alpha=self.scaling, out=out)
-        logits = logits.view(batch, heads, -1, keys)[:, :, :rows]
+        logits = self._products(query, self.key, block, "logits").view(batch, heads, -1, keys)[:, :, :rows]
+        if self.past is not None:
+            older = self._products(query, self.past.key, block, "older").view(batch, heads, -1, keys)
+            logits = torch.where(self.past.recent(block), logits, older[:, :, :rows])
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         bias = self.mask.bias(block.start, block.start + rows, block.key_start, block.key_start + keys)
         return logits if bias is None else logits + bias
+
+    def _products(self, query: Tensor, key: Tensor, block: QueryBlock, buffer: str) -> Tensor:
+        """[B * K, rows of the group, t]: scaled."""
+        keys = block.visible.shape[-1]
+        out = self._buffer(buffer, query, (*query.shape[:2], keys), query.dtype)
+        key = key[:, :, block.key_start : block.key_start + keys]
+        return torch.baddbmm(query.new_zeros(1), query, key, beta=0, alpha=self.scaling, out=out)
 
     def probs(self, logits_BHqt: Tensor, block: QueryBlock) -> Tensor:
         """[B, H, q, t]: what the call's rule makes of the logits; may write into them."""
@@ -101,19 +128,27 @@ class AttentionCall:
 
     def outputs(self, probs_BHqt: Tensor, block: QueryBlock) -> Tensor:
         """[B, q, H, d]: probabilities (or joined maps) times values."""
+        if self.past is None:
+            return self._weighted(probs_BHqt, self.value, block)
+        recent = self.past.recent(block)
+        newest = self._weighted(probs_BHqt.masked_fill(~recent, 0.0), self.value, block)
+        return newest + self._weighted(probs_BHqt.masked_fill(recent, 0.0), self.past.value, block)
+
+    def _weighted(self, probs_BHqt: Tensor, value: Tensor, block: QueryBlock) -> Tensor:
+        """[B, q, H, d]."""
         batch, heads, rows, keys = probs_BHqt.shape
-        probs = _pad_rows(probs_BHqt).reshape(self.value.shape[0], -1, keys)
+        probs = _pad_rows(probs_BHqt).reshape(value.shape[0], -1, keys)
         # Sums in chunks only where they are not rounded to fewer bits between chunks.
         exact = probs.dtype in (torch.float32, torch.float64) and probs.device.type == "cpu"
         step = self.chunk if exact else keys
-        out = probs.new_zeros(*probs.shape[:2], self.value.shape[-1])
+        out = probs.new_zeros(*probs.shape[:2], value.shape[-1])
         for start in range(0, keys, step):
             part = probs[..., start : start + step]
-            value = self.value[:, block.key_start + start :][:, :step]
+            chunk = value[:, block.key_start + start :][:, :step]
             # The last chunk is as long in every block, so that its sum is the same.
-            if exact and part.shape[-1] < value.shape[1]:
-                part = F.pad(part, (0, value.shape[1] - part.shape[-1]))
-            out = torch.baddbmm(out, part, value[:, : part.shape[-1]])
+            if exact and part.shape[-1] < chunk.shape[1]:
+                part = F.pad(part, (0, chunk.shape[1] - part.shape[-1]))
+            out = torch.baddbmm(out, part, chunk[:, : part.shape[-1]])
         return out.view(batch, heads, -1, out.shape[-1])[:, :, :rows].transpose(1, 2)
 
     def _buffer(self, name: str, like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
@@ -134,6 +169,23 @@ def _pad_rows(x_BHqd: Tensor) -> Tensor:
     """Zero rows up to a multiple of `ROW_STEP`."""
     missing = -x_BHqd.shape[2] % ROW_STEP
     return F.pad(x_BHqd, (0, 0, 0, missing)) if missing else x_BHqd
+
+
+def seeing_queries(mask: Mask) -> Tensor:
+    """bool [B or 1, 1, queries, 1]: queries that see some key, in some head."""
+    return torch.cat([seen.any(-1) for seen in _walked(mask)], -1).any(1, keepdim=True)[..., None]
+
+
+def seen_keys(mask: Mask) -> Tensor:
+    """bool [B or 1, 1, T, 1]: keys that some query sees, in some head."""
+    return torch.stack([seen.any(-2) for seen in _walked(mask)]).any(0).any(1, keepdim=True)[..., None]
+
+
+def _walked(mask: Mask) -> Iterator[Tensor]:
+    """What 256 queries at a time see of all keys, bool [B or 1, H or 1, q, T], so that nothing is T x T."""
+    for start in range(0, mask.num_queries, 256):
+        stop = min(mask.num_queries, start + 256)
+        yield mask.visible(start, stop, 0, mask.num_keys).expand(-1, -1, stop - start, mask.num_keys)
 
 
 def rows_of_block(asked: int | None, num_maps: int, num_keys: int) -> int:

@@ -1,19 +1,27 @@
 """Named places of a model: decoder layers, attention layers, and the sites inside attention.
 
-Everything observable is a named module. Linears and norms are already; attention logits and probabilities become so
-through `Site` modules that live on every attention layer inside `attention_sites(model)`:
+Everything observable is a named module. Linears and norms are already; what enters the attention product, and the
+logits and probabilities that it makes, become so through `Site` modules that live on every attention layer inside
+`attention_sites(model)`:
 
+    <attention layer>.attn_query     [B, H, q, d] as it enters the product: after rotary embedding
+    <attention layer>.attn_key       [B, K, T, d] likewise, after the cache; heads that share keys are not repeated
+    <attention layer>.attn_value     [B, K, T, dv] likewise; once for each call (DiffLlama makes two, half of v each)
     <attention layer>.attn_logits    after scale, soft-cap and bias, before the mask
     <attention layer>.attn_probs     after the softmax
     <attention layer>.attn_effective A1 - lambda A2, where a layer joins its maps before the values
 
-Letters: B sequences, H heads (softmax maps), q query rows of a block, t keys of a block.
+The first three are called once, `site(x, tokens)`; the maps come in blocks of queries, `site(x, block)`.
+
+Letters: B sequences, H heads (softmax maps), K key heads, q query rows of a block (or of the call), t keys of a block,
+T keys of the call, d channels.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -62,28 +70,57 @@ class QueryBlock:
         return [part for part in parts if part.numel()]
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Which tokens of a tensor [B, heads, T, d] are text: a query that sees some key, a key that some query sees."""
+
+    find: Callable[[], Tensor]
+    """What finds them, only when they are asked for: it evaluates the whole mask."""
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """bool [B or 1, 1, T, 1]. Count nothing else."""
+        return self.find()
+
+
+@dataclass(frozen=True)
+class Aged:
+    """Keys or values of which each query sees its last `window` as they are, and older ones from a cache."""
+
+    recent: Tensor
+    """[B, K, T, d]."""
+    past: Tensor
+    """The same as the cache gives them back."""
+    window: int
+    """Keys up to the query's own, counted by their index in the sequence."""
+
+
 class Site(nn.Identity):
     """A place inside attention: gives back what it gets, so that a forward hook can look at it.
 
-    The attention function calls `site(x_BHqt, block)` once per block. A hook must copy what it keeps: the tensor is
-    reused as soon as the hook returns.
+    The attention function calls the site of a map once per block, with a `QueryBlock`, and the sites of queries, keys
+    and values once per call, with `Tokens`. A hook must copy what it keeps: the tensor is reused as soon as the hook
+    returns.
     """
 
     spans_rows = False
 
-    def forward(self, x_BHqt: Tensor, block: QueryBlock) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, where: QueryBlock | Tokens) -> Tensor:  # type: ignore[override]
         """x itself."""
-        return x_BHqt
+        return x
 
 
 @runtime_checkable
 class SwappedSite(Protocol):
-    """What a module must have to stand in the place of a `Site` (a quantizer does).
+    """What a module must have to stand in the place of the `Site` of a map (a quantizer does).
 
     `forward(x_BHqt, block)` gives the tensor that attention goes on with; it sees one block at a time. When
     `spans_rows` is true, the result depends on more rows than one block holds: the attention function then first
     walks all blocks, calling `begin()` once and `observe(x_BHqt, block)` for each, and walks them again calling the
     module. So a scale over a whole map never depends on the size of a block.
+
+    In the place of queries, keys and values, `forward(x, tokens)` is all that is needed; those of keys and values may
+    give back `Aged`.
     """
 
     spans_rows: bool
@@ -114,7 +151,10 @@ def select(model: nn.Module, pattern: str | Sequence[str]) -> list[tuple[str, nn
 def _unmatched(model: nn.Module, pattern: str, names: Iterable[str]) -> ProbeError:
     """The error about a pattern that matches nothing: what there is, layer numbers written `*`, each once."""
     known = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names if name))
-    inside = " Attention has its sites (attn_logits, attn_probs, attn_effective) inside attention_sites only."
+    inside = (
+        " Attention has its sites (attn_query, attn_key, attn_value, attn_logits, attn_probs, attn_effective) inside "
+        "attention_sites only."
+    )
     return ProbeError(
         f"A pattern must match a module: {pattern!r} matches none of {type(model).__name__}, which has "
         f"{', '.join(known)}.{inside if 'attn_' in pattern else ''}{nearest(pattern, known)}"

@@ -143,7 +143,10 @@ def test_the_sites_show_eagers_logits_and_probabilities_once(family: str) -> Non
     with torch.no_grad():
         with plain_attention(model) as expected:
             model(ids)
-        with attention_sites(model, block_size=16), watch(model, "*.attn_*", recorder.see):
+        with (
+            attention_sites(model, block_size=16),
+            watch(model, ["*.attn_logits", "*.attn_probs"], recorder.see),
+        ):
             model(ids)
     assert len(recorder.calls) == 2 * len(expected) == 4
     for name, calls in expected.items():
@@ -285,6 +288,84 @@ def test_hooks_see_a_block_once_although_it_is_walked_twice() -> None:
     model, seen = toy_model("llama"), []
     with torch.no_grad(), attention_sites(model, block_size=16):
         attention_layers(model)[0][1].attn_probs = Halver()
-        with watch(model, "*.0.self_attn.attn_*", lambda name, *_: seen.append(name.rpartition(".")[2])):
+        with watch(
+            model,
+            ["*.0.self_attn.attn_logits", "*.0.self_attn.attn_probs"],
+            lambda name, *_: seen.append(name.rpartition(".")[2]),
+        ):
             model(random_ids(1, 40))
     assert seen == ["attn_logits", "attn_probs"] * 3
+
+
+def _entered(seen: dict[str, list[Tensor]]) -> Any:
+    return lambda name, _, __, output: seen.setdefault(name, []).append(output.clone())
+
+
+ENTERING = ["*.attn_query", "*.attn_key", "*.attn_value"]
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_the_sites_show_what_enters_the_product(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, calls = toy_model(family), random_ids(2, 20), []
+    inner = attention._attend
+
+    def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Any:
+        calls.append((q, k, v))
+        return inner(module, q, k, v, *args, **options)
+
+    seen: dict[str, list[Tensor]] = {}
+    with torch.no_grad(), attention_sites(model), watch(model, ENTERING, _entered(seen)):
+        monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, attend)
+        model(ids)
+    halves = 2 if family == "diffllama" else 1
+    for layer, (name, _) in enumerate(attention_layers(model)):
+        own = calls[layer * halves : (layer + 1) * halves]
+        # DiffLlama's two calls share queries and keys, which are seen once; each half of its values is seen.
+        for site, expected in zip(
+            ("query", "key", "value"), ([own[0][0]], [own[0][1]], [call[2] for call in own]), strict=True
+        ):
+            found = seen[f"{name}.attn_{site}"]
+            assert len(found) == len(expected)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_padding_is_no_token_of_what_enters() -> None:
+    model, ids, seen = toy_model("mistral"), random_ids(2, 300), {}
+    padding = torch.ones_like(ids)
+    padding[0, :270] = 0
+    padding[1, 290:] = 0
+
+    def see(name: str, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        seen[name.rpartition("_")[2]] = args[1].visible.expand(*output.shape[:1], 1, output.shape[2], 1)
+
+    with torch.no_grad(), attention_sites(model), watch(model, ENTERING, see):
+        model(ids, attention_mask=padding)
+        assert all(torch.equal(found[:, 0, :, 0], padding.bool()) for found in seen.values())
+        model(ids)
+        assert all(bool(found.all()) for found in seen.values())
+
+
+def test_a_swapped_site_changes_what_enters_in_both_calls_of_diffllama() -> None:
+    """Powers of two times what enters are those of the projections' weights, to the bit."""
+
+    class Scaled(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, x: Tensor, tokens: Any) -> Tensor:
+            return x * self.factor
+
+    ids = random_ids(1, 40)
+    for family in ("llama", "diffllama"):
+        model, scaled = toy_model(family, gain=3.0), toy_model(family, gain=3.0)
+        with torch.no_grad():
+            for name, factor in (("q_proj", 2.0), ("k_proj", 0.5), ("v_proj", 4.0)):
+                for _, layer in attention_layers(scaled):
+                    layer.get_parameter(f"{name}.weight").mul_(factor)
+            with attention_sites(scaled):
+                expected = scaled(ids).logits
+            with attention_sites(model):
+                for _, layer in attention_layers(model):
+                    layer.attn_query, layer.attn_key, layer.attn_value = Scaled(2.0), Scaled(0.5), Scaled(4.0)
+                assert torch.equal(model(ids).logits, expected)

@@ -34,7 +34,7 @@ def recorded(model: Any, *, block_size: int = 16, **inputs: Any) -> tuple[Record
     with (
         torch.no_grad(),
         attention_sites(model, block_size=block_size),
-        watch(model, "*.attn_*", recorder.see),
+        watch(model, ["*.attn_logits", "*.attn_probs"], recorder.see),
     ):
         output = model(**inputs).logits
     return recorder, output
