@@ -13,8 +13,10 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from probes.catalogue import STATISTICS
 from quantlab.errors import nearest
+from quantlab.methods.config import MethodConfig
 from quantlab.schemes import Scheme
 from quantlab.sections import Section, build_section, read_yaml
+from quantlab.transforms.config import TransformConfig
 
 
 class CheckpointConfig(Section):
@@ -168,6 +170,18 @@ class QuantizeConfig(Section):
     """Dotted patterns of linears that stay at 16 bits, besides lm_head and embeddings."""
     kernel: Literal["integer", "simulated"] = "integer"
     """Weight-activation schemes at 8 bits and below: real integer products, or the float reference."""
+    widths: dict[str, str] = {}
+    """Of schemes that end in `mixed`: dotted pattern of linears -> their weights (`w8`, `w3g64`, `w16`), instead of
+    the scheme's own; where several match, the last."""
+    methods: MethodConfig = MethodConfig()
+    """Settings of the weight methods."""
+    transforms: TransformConfig = TransformConfig()
+    """Settings of the transforms."""
+
+    @field_validator("widths")
+    @classmethod
+    def _weights_only(cls, values: dict[str, str]) -> dict[str, str]:
+        return {pattern: _weights_name(value) for pattern, value in values.items()}
 
 
 class ExportConfig(Section):
@@ -300,6 +314,14 @@ def run_name(path: str) -> str:
 def _scheme_names(values: Sequence[str]) -> tuple[str, ...]:
     """Canonical names, each once, the 16-bit baseline first."""
     return tuple(dict.fromkeys(["w16", *(Scheme.parse(value).name for value in values)]))
+
+
+def _weights_name(value: str) -> str:
+    """The canonical name of a scheme that is of weights alone."""
+    scheme = Scheme.parse(value)
+    if scheme != Scheme(scheme.weights) or scheme.format is not None:
+        raise ValueError(f"a width must be bits of weights and nothing else, as w8 or w3g64: {value!r} is more")
+    return scheme.name
 
 
 def _check_named(path: str, info: ValidationInfo) -> None:
