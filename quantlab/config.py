@@ -170,7 +170,7 @@ class QuantizeConfig(Section):
     """Dotted patterns of linears that stay at 16 bits, besides lm_head and embeddings."""
     kernel: Literal["integer", "simulated"] = "integer"
     """Weight-activation schemes at 8 bits and below: real integer products, or the float reference."""
-    widths: dict[str, str] = {}
+    widths: dict[str, str] = Field(default_factory=dict)
     """Of schemes that end in `mixed`: dotted pattern of linears -> their weights (`w8`, `w3g64`, `w16`), instead of
     the scheme's own; where several match, the last."""
     methods: MethodConfig = MethodConfig()
