@@ -6,6 +6,7 @@ UserError (probes.errors)   one sentence on stderr, exit code 2
 ├── ConfigError             a configuration key, value or option
 ├── SchemeError             a scheme name, or a scheme that this model cannot take
 ├── DataError               a text or task file
+├── CalibrationError        a model or text that calibration cannot use, or statistics that are not this model's
 ├── EvaluationError         a model and a task that do not fit together
 ├── RecordError             a record that is damaged or from another format
 ├── TrainingError           a training that ended before its time
@@ -15,6 +16,7 @@ UserError (probes.errors)   one sentence on stderr, exit code 2
 from probes.errors import ProbeError, UserError, nearest
 
 __all__ = [
+    "CalibrationError",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -43,6 +45,10 @@ class SchemeError(UserError):
 
 class DataError(UserError):
     """A text or task file that cannot be read or used."""
+
+
+class CalibrationError(UserError):
+    """A model or text that calibration cannot use, or stored statistics that are damaged or another model's."""
 
 
 class EvaluationError(UserError):
