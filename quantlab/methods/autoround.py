@@ -1,0 +1,194 @@
+"""AutoRound: rounding learned by signed gradients, so that a decoder layer's output stays what it was.
+
+Of each linear three things are learned: an offset V of every weight before rounding, in [-1/2, 1/2], and two factors
+a, b of its group's range, in [1/2, 1]:
+
+    codes = clip(round(W / s + V) + z),  s and z from the range [b min, a max] of the group
+
+The loss is the mean squared error of the layer's output, its inputs fixed. A step moves every value by the learning
+rate against the sign of its gradient; round counts as the identity in the backward pass. The step size falls linearly
+to 0, and the best codes that were seen are kept; the first are those of round to nearest, so the result is never worse
+on the sequences that are compared.
+
+Source: Cheng et al. 2023, arXiv:2309.05516, algorithm 1. O outputs, I inputs, N sequences, T tokens, D channels.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quantlab.errors import SchemeError
+from quantlab.layers.linear import weight_of
+from quantlab.layers.sites import Undo, replace_module
+from quantlab.methods.config import AutoRoundConfig
+from quantlab.methods.rtn import quantize_weight
+from quantlab.methods.solved import Solved
+from quantlab.numerics.affine import QuantizedTensor, choose_qparams
+from quantlab.numerics.granularity import group_view, spanned_dims
+from quantlab.numerics.qtype import QType
+from quantlab.numerics.ranges import absmax, min_max
+from quantlab.schemes import TensorSpec
+
+__all__ = ["tune_layer"]
+
+_COMPARED = 16
+"""Sequences at most on which codes are compared; a step's own batch is too noisy to choose by."""
+_EVERY = 10
+"""Steps between two comparisons."""
+
+
+def tune_layer(
+    layer: nn.Module,
+    specs: Mapping[str, TensorSpec],
+    run: Callable[[Sequence[int]], Tensor],
+    wanted_NTD: Tensor,
+    *,
+    config: AutoRoundConfig,
+    scale_dtype: torch.dtype = torch.float32,
+) -> dict[str, Solved]:
+    """Codes of a decoder layer's linears; the layer itself is as before afterwards.
+
+    Args:
+        specs: name within the layer -> grid of that linear's weights.
+        run: output [n, T, D] of the sequences with these numbers, by the layer as it is.
+        wanted_NTD: the outputs that are aimed at.
+        config: steps, batch and step size.
+        scale_dtype: dtype that scales are rounded to before codes are chosen.
+
+    Raises:
+        SchemeError: the output is not finite.
+    """
+    N = len(wanted_NTD)
+    rate = config.learning_rate or 1 / config.num_steps
+    generator = torch.Generator().manual_seed(config.seed)
+    compared = torch.randperm(N, generator=generator)[:_COMPARED].tolist()
+    with torch.enable_grad(), _learning(layer, specs, scale_dtype) as learners:
+        best = _Best(learners)
+        for step in range(config.num_steps + 1):
+            if step % _EVERY == 0 or step == config.num_steps:
+                best.offer(_error(run, wanted_NTD, compared, config.batch_size), step)
+            if step < config.num_steps:
+                batch = torch.randperm(N, generator=generator)[: config.batch_size].tolist()
+                F.mse_loss(run(batch).float(), wanted_NTD[batch].float()).backward()
+                for learner in learners.values():
+                    learner.move_(rate * (1 - step / config.num_steps))
+    note = f"autoround: output error {best.least / best.first:.3f} of rtn's" if best.first else ""
+    return {name: Solved(codes, note) for name, codes in best.codes.items()}
+
+
+class _Learner(nn.Module):
+    """A linear whose weights are rounded with learned offsets and ranges, in the forward pass."""
+
+    def __init__(self, linear: nn.Module, spec: TensorSpec, scale_dtype: torch.dtype) -> None:
+        super().__init__()
+        weight_OI = weight_of(linear).detach().float()
+        self.linear, self.spec, self.scale_dtype = linear, spec, scale_dtype
+        self.qtype = QType.of_weights(spec)
+        self.weight_view = group_view(weight_OI, spec)
+        self.dims = spanned_dims("weight", spec)
+        self.range = (absmax if spec.symmetric else min_max)(self.weight_view, self.dims)
+        self.offset = nn.Parameter(torch.zeros_like(self.weight_view))
+        self.factors = nn.ParameterList(torch.ones_like(self.range[0]) for _ in range(2))
+
+    def grid(self) -> tuple[Tensor, Tensor | None]:
+        """Scale, rounded to its stored dtype but with the gradient of the factors, and zero point."""
+        low, high = (end * factor for end, factor in zip(self.range, self.factors, strict=True))
+        if self.spec.symmetric:
+            # One scale cannot follow two ends: the second factor moves both.
+            low = -high
+        with torch.no_grad():
+            scale, zero_point = choose_qparams(low, high, self.qtype, self.scale_dtype)
+        exact = high / self.qtype.qmax if self.spec.symmetric else (high - low) / self.qtype.qmax
+        return exact + (scale - exact).detach(), zero_point
+
+    def codes(self, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """Real-valued codes that round to integers in value and pass gradients as they are."""
+        shifted = self.weight_view / scale + self.offset
+        if zero_point is not None:
+            shifted = shifted + zero_point
+        clipped = shifted.clamp(self.qtype.qmin, self.qtype.qmax)
+        return clipped + (clipped.round() - clipped).detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., I] to [.., O]."""
+        scale, zero_point = self.grid()
+        codes = self.codes(scale, zero_point)
+        real = (codes if zero_point is None else codes - zero_point) * scale
+        weight_OI = real.reshape(weight_of(self.linear).shape).to(x.dtype)
+        return F.linear(x, weight_OI, self.linear.bias)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def move_(self, rate: float) -> None:
+        """One step against the sign of the gradient, within the bounds."""
+        for parameter, low, high in ((self.offset, -0.5, 0.5), *((f, 0.5, 1.0) for f in self.factors)):
+            if parameter.grad is not None:
+                parameter.sub_(rate * parameter.grad.sign()).clamp_(low, high)
+                parameter.grad = None
+
+    @torch.no_grad()
+    def quantized(self) -> QuantizedTensor:
+        """The codes as they are now."""
+        scale, zero_point = self.grid()
+        codes = self.codes(scale, zero_point).round().to(self.qtype.dtype)
+        if self.spec.group_size is not None:
+            scale = scale.squeeze(-1)
+            zero_point = None if zero_point is None else zero_point.squeeze(-1)
+        return QuantizedTensor(codes.reshape(weight_of(self.linear).shape), scale, zero_point, self.qtype)
+
+
+@dataclass
+class _Best:
+    """The codes with the least error that were seen."""
+
+    learners: Mapping[str, _Learner]
+    least: float = float("inf")
+    first: float = 0.0
+
+    def offer(self, error: float, step: int) -> None:
+        """Keep the codes as they are now where they are better."""
+        if error != error or error == float("inf"):
+            raise SchemeError(
+                f"the output of every layer must be finite to learn its rounding: found {error}. Use another method."
+            )
+        if step == 0:
+            self.first = error
+            self.codes = {
+                name: quantize_weight(weight_of(each.linear), each.spec, scale_dtype=each.scale_dtype)
+                for name, each in self.learners.items()
+            }
+        elif error < self.least:
+            self.codes = {name: learner.quantized() for name, learner in self.learners.items()}
+        self.least = min(self.least, error)
+
+
+@torch.no_grad()
+def _error(
+    run: Callable[[Sequence[int]], Tensor], wanted_NTD: Tensor, numbers: Sequence[int], size: int
+) -> float:
+    """Mean squared error of the outputs of these sequences."""
+    parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    sums = [(run(part).float() - wanted_NTD[part].float()).square().mean((1, 2)).sum() for part in parts]
+    return float(torch.stack(sums).sum()) / len(numbers)
+
+
+@contextmanager
+def _learning(
+    layer: nn.Module, specs: Mapping[str, TensorSpec], scale_dtype: torch.dtype
+) -> Iterator[dict[str, _Learner]]:
+    """The layer with learners in the place of its linears, for the span of the block."""
+    undo: Undo = []
+    learners: dict[str, _Learner] = {}
+    try:
+        for name, spec in specs.items():
+            linear = layer.get_submodule(name)
+            learners[name] = _Learner(linear, spec, scale_dtype)
+            replace_module(layer, linear, learners[name], undo)
+        yield learners
+    finally:
+        while undo:
+            parent, name, module = undo.pop()
+            setattr(parent, name, module)
