@@ -30,6 +30,22 @@ class LinearStats:
         """Largest magnitude of each channel, float32."""
         return self.minimum_I.abs().maximum(self.maximum_I.abs())
 
+    def divided(self, scales_I: Tensor) -> "LinearStats":
+        """Statistics of the inputs x / scales, as after folding `scales_I` (positive, [I]) into what makes them.
+
+        X^T X becomes X^T X / (s_i s_j), dtype kept; linears that share one Gram matrix share the result's too where
+        one call makes it for them all.
+        """
+        assert bool((scales_I > 0).all()), "scales must be positive"
+        scales = scales_I.to(self.gram_II.dtype)
+        return LinearStats(
+            gram_II=self.gram_II / scales.unsqueeze(-1) / scales,
+            minimum_I=self.minimum_I / scales_I,
+            maximum_I=self.maximum_I / scales_I,
+            mean_I=self.mean_I / scales_I,
+            num_tokens=self.num_tokens,
+        )
+
 
 @dataclass(frozen=True)
 class Ranges:

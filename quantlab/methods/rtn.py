@@ -1,15 +1,30 @@
 """RTN: every weight goes to the nearest point of a grid that just covers its group. O outputs, I inputs."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from quantlab.numerics.affine import QuantizedTensor, choose_qparams, quantize
-from quantlab.numerics.granularity import group_view, spanned_dims
-from quantlab.numerics.qtype import QType
-from quantlab.numerics.ranges import absmax, min_max
+from quantlab.calibration.statistics import LinearStats
+from quantlab.methods.config import MethodConfig
+from quantlab.methods.grouped import grouped
+from quantlab.methods.solved import Solved
+from quantlab.numerics.affine import QuantizedTensor, choose_qparams
 from quantlab.schemes import TensorSpec
 
-__all__ = ["quantize_weight"]
+__all__ = ["quantize_weight", "quantize_weights"]
+
+
+def quantize_weights(
+    weight_OI: Tensor,
+    specs: Sequence[TensorSpec],
+    stats: LinearStats | None = None,
+    *,
+    scale_dtype: torch.dtype = torch.float32,
+    config: MethodConfig = MethodConfig(),
+) -> list[Solved]:
+    """Round a matrix to the grid of each spec; needs neither statistics nor settings. Raises as `quantize_weight`."""
+    return [Solved(quantize_weight(weight_OI, spec, scale_dtype=scale_dtype)) for spec in specs]
 
 
 def quantize_weight(
@@ -29,15 +44,7 @@ def quantize_weight(
     where the scale is subnormal in that dtype, qmax times half its smallest number more (float16: 2^-25).
 
     Raises:
-        SchemeError: group_size does not divide I, or a scale overflows `scale_dtype`.
+        SchemeError: group_size does not divide I, a weight is not finite, or a scale overflows `scale_dtype`.
     """
-    qtype = QType.of_weights(spec)
-    view = group_view(weight_OI.detach().float(), spec)
-    dims = spanned_dims("weight", spec)
-    low, high = absmax(view, dims) if spec.symmetric else min_max(view, dims)
-    scale, zero_point = choose_qparams(low, high, qtype, scale_dtype)
-    codes = quantize(view, scale, zero_point, qtype).reshape(weight_OI.shape)
-    if spec.group_size is not None:
-        scale = scale.squeeze(-1)
-        zero_point = None if zero_point is None else zero_point.squeeze(-1)
-    return QuantizedTensor(codes, scale, zero_point, qtype)
+    groups = grouped(weight_OI, spec)
+    return groups.quantize(*choose_qparams(groups.low, groups.high, groups.qtype, scale_dtype))

@@ -2,10 +2,11 @@
 
 Every function takes x and the dimensions that one scale spans, and returns (x_min, x_max), float32, with those
 dimensions kept at length 1. Values outside a range saturate when they are quantized. Schemes take `absmax` and
-`min_max`; `percentile` and `mse_clip`, which clip, are for callers of the library.
+`min_max`, the methods clip, wclip and awq `search_clip`; `percentile` is for callers of the library.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from quantlab.numerics.affine import choose_qparams, fake_quantize
 from quantlab.numerics.qtype import QType
 
-__all__ = ["Dims", "absmax", "min_max", "mse_clip", "percentile"]
+__all__ = ["Dims", "absmax", "min_max", "mse_clip", "percentile", "search_clip"]
 
 Dims = tuple[int, ...]
 """Dimensions that one scale spans, as `granularity.spanned_dims` gives them."""
@@ -44,20 +45,60 @@ def percentile(x: Tensor, dims: Dims, percent: float) -> tuple[Tensor, Tensor]:
 
 
 def mse_clip(
-    x: Tensor, dims: Dims, qtype: QType, *, num_steps: int = 64, smallest: float = 0.2
+    x: Tensor,
+    dims: Dims,
+    qtype: QType,
+    *,
+    importance: Tensor | None = None,
+    num_steps: int = 64,
+    smallest: float = 0.2,
+    scale_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """The shrunk range with the least squared error of rounding and clipping together, by search.
+    """The shrunk range with the least squared error of rounding and clipping together; see `search_clip`.
+
+    Args:
+        importance: weights of the squared errors, not negative, broadcastable to x.
+    """
+
+    def squared_error(residual: Tensor) -> Tensor:
+        squares = residual.square_()
+        if importance is not None:
+            squares = squares.mul_(importance)
+        return squares.sum(dims, keepdim=True)
+
+    return search_clip(
+        x, dims, qtype, squared_error, num_steps=num_steps, smallest=smallest, scale_dtype=scale_dtype
+    )
+
+
+def search_clip(
+    x: Tensor,
+    dims: Dims,
+    qtype: QType,
+    error_of: Callable[[Tensor], Tensor],
+    *,
+    num_steps: int = 64,
+    smallest: float = 0.2,
+    scale_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """The shrunk range with the least error of rounding and clipping together, by search.
 
     Both ends of the full range are multiplied by the same factor, one of `num_steps` from 1 down to `smallest`, and
     every group keeps its own best. The full range is the first candidate and ties keep the wider, so the result is
-    never worse than rounding alone.
+    never worse than rounding alone. Where every error overflows to infinity the full range stays.
+
+    Args:
+        error_of: takes the residual quantized - x, float32 of x's shape, which it may overwrite; returns the error
+            of each group, with the spanned dimensions kept at length 1.
+        scale_dtype: dtype in which scales will be stored, and to which those of candidates are rounded.
     """
+    x = x.float()
     full = absmax(x, dims) if qtype.symmetric else min_max(x, dims)
     best = torch.ones_like(full[0])
     least = torch.full_like(best, torch.inf)
     for factor in torch.linspace(1.0, smallest, num_steps).tolist():
-        scale, zero_point = choose_qparams(full[0] * factor, full[1] * factor, qtype)
-        error = (fake_quantize(x, scale, zero_point, qtype) - x.float()).square().sum(dims, keepdim=True)
+        scale, zero_point = choose_qparams(full[0] * factor, full[1] * factor, qtype, scale_dtype)
+        error = error_of(fake_quantize(x, scale, zero_point, qtype).sub_(x))
         best = torch.where(error < least, factor, best)
         least = torch.minimum(least, error)
     return full[0] * best, full[1] * best

@@ -1,0 +1,144 @@
+"""Weights that no method may stumble over, and those that every method refuses in a sentence."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantlab.calibration.statistics import LinearStats
+from quantlab.errors import SchemeError
+from quantlab.methods import awq, clip, hqq, rtn
+from quantlab.methods.solved import Solved
+from quantlab.schemes import TensorSpec
+from tests.quantlab.methods.matrices import GRIDS, heavy_tailed, inputs_of, name_of, stats_of
+
+Method = Callable[..., list[Solved]]
+METHODS: dict[str, Method] = {
+    "rtn": rtn.quantize_weights,
+    "clip": clip.quantize_weights,
+    "wclip": clip.quantize_weights_by_inputs,
+    "awq": awq.quantize_weights,
+    "hqq": hqq.quantize_weights,
+}
+NEED_STATS = ("wclip", "awq")
+
+
+@pytest.fixture(scope="module")
+def stats() -> LinearStats:
+    return stats_of(inputs_of())
+
+
+def restored(method: Method, weight: Tensor, spec: TensorSpec, stats: LinearStats) -> Tensor:
+    (solved,) = method(weight, [spec], stats)
+    quantized = solved.quantized
+    assert quantized.scale.isfinite().all() and (quantized.scale > 0).all()
+    return quantized.dequantize()
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("spec", GRIDS, ids=name_of)
+def test_zeros_stay_zeros(method: Method, spec: TensorSpec, stats: LinearStats) -> None:
+    assert (restored(method, torch.zeros(8, 64), spec, stats) == 0).all()
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("spec", GRIDS, ids=name_of)
+def test_a_constant_matrix_keeps_its_value(method: Method, spec: TensorSpec, stats: LinearStats) -> None:
+    # One value spans the grid, so that it is one of its points; a mirrored grid has no code at its end but scale's.
+    found = restored(method, torch.full((8, 64), 0.3), spec, stats)
+    assert ((found - 0.3).abs() <= 4e-7).all()
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("spec", GRIDS, ids=name_of)
+def test_an_outlier_of_1e38_leaves_everything_finite(
+    method: Method, spec: TensorSpec, stats: LinearStats
+) -> None:
+    weight = heavy_tailed(8)
+    weight[2, 3] = 1e38
+    found = restored(method, weight, spec, stats)
+    assert found.isfinite().all()
+    if spec.granularity != "tensor":
+        assert torch.equal(found[3], restored(method, heavy_tailed(8), spec, stats)[3])
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(method: Method, bad: float, stats: LinearStats) -> None:
+    weight = heavy_tailed(8)
+    weight[2, 3] = weight[5, 1] = bad
+    for spec in GRIDS:
+        with pytest.raises(
+            SchemeError, match=rf"weights must be finite: found {bad} at \[2, 3\] and 1 more.*\(8, 64\)"
+        ):
+            method(weight, [spec], stats)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_range_that_overflows_is_refused(method: Method, stats: LinearStats) -> None:
+    weight = heavy_tailed(8)
+    weight[2, 3], weight[2, 4] = 3e38, -3e38
+    with pytest.raises(SchemeError, match=r"must fit float32: found magnitudes up to 3e\+38"):
+        method(weight, [TensorSpec(4, "channel", symmetric=False)], stats)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_groups_must_divide(method: Method, stats: LinearStats) -> None:
+    with pytest.raises(SchemeError, match=r"group_size must divide.*64, group_size=48"):
+        method(heavy_tailed(8), [TensorSpec(4, "group", 48)], stats)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_scales_must_fit_their_dtype(method: Method, stats: LinearStats) -> None:
+    with pytest.raises(SchemeError, match=r"scales must fit torch\.float16"):
+        method(heavy_tailed(8) * 1e7, [TensorSpec(4, "channel")], stats, scale_dtype=torch.float16)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("spec", GRIDS, ids=name_of)
+def test_codes_are_the_nearest_for_scales_as_they_are_stored(
+    method: Method, spec: TensorSpec, scale_dtype: torch.dtype, stats: LinearStats
+) -> None:
+    weight = heavy_tailed(8)
+    (solved,) = method(weight, [spec], stats, scale_dtype=scale_dtype)
+    quantized = solved.quantized
+    assert torch.equal(quantized.scale.to(scale_dtype).float(), quantized.scale)
+    groups = quantized.scale.shape[-1]
+    steps = weight.unflatten(-1, (groups, -1)) / quantized.scale.unsqueeze(-1)
+    zero_point = getattr(quantized, "zero_point", None)
+    nearest = (steps.round() + (0 if zero_point is None else zero_point.unsqueeze(-1))).flatten(-2)
+    low, high = (
+        (-(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1) if spec.symmetric else (0, 2**spec.bits - 1)
+    )
+    assert torch.equal(quantized.codes.float(), nearest.clamp(low, high))
+
+
+@pytest.mark.parametrize("name", NEED_STATS)
+def test_statistics_are_asked_for(name: str) -> None:
+    with pytest.raises(SchemeError, match=rf"{name} needs calibration statistics: found none.*\(24, 64\)"):
+        METHODS[name](heavy_tailed(), [TensorSpec(4, "channel")], None)
+
+
+@pytest.mark.parametrize("name", NEED_STATS)
+def test_statistics_of_another_layer_are_refused(name: str) -> None:
+    with pytest.raises(SchemeError, match=r"X\^T X of 64 channels for a matrix of shape \(8, 32\)"):
+        METHODS[name](heavy_tailed(8, 32), [TensorSpec(4, "channel")], stats_of(inputs_of()))
+
+
+@pytest.mark.parametrize("name", NEED_STATS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_statistics_that_are_not_finite_are_refused(name: str, bad: float) -> None:
+    x = inputs_of()
+    x[7, 9] = bad
+    with pytest.raises(SchemeError, match=r"X\^T X must be finite: found NaN or infinity at input channel"):
+        METHODS[name](heavy_tailed(), [TensorSpec(4, "channel")], stats_of(x))
+
+
+@pytest.mark.parametrize("name", NEED_STATS)
+def test_a_layer_that_no_token_reached_is_rounded_and_says_so(name: str) -> None:
+    weight, spec = heavy_tailed(), TensorSpec(3, "group", 16)
+    (solved,) = METHODS[name](weight, [spec], stats_of(torch.zeros(1, 64)))
+    assert "no calibration token" in solved.note
+    assert torch.equal(solved.quantized.codes, rtn.quantize_weight(weight, spec).codes)

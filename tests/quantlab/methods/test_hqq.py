@@ -1,0 +1,91 @@
+"""HQQ: its norm, its shrinkage and its fit. u = 2^-24 is the unit roundoff of float32."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantlab.methods.config import HqqConfig, MethodConfig
+from quantlab.methods.hqq import fit_weight, quantize_weights, shrink
+from quantlab.methods.rtn import quantize_weight
+from quantlab.schemes import TensorSpec
+from tests.quantlab.methods.matrices import GRIDS, heavy_tailed, name_of, sums
+
+U = 2.0**-24
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def norms(weight: Tensor, found: Tensor, spec: TensorSpec, norm: float = 0.7) -> Tensor:
+    return sums((found.double() - weight.double()).abs() ** norm, spec)
+
+
+@pytest.mark.parametrize("norm", [0.5, 0.7, 1.0])
+@pytest.mark.parametrize("scale_dtype", DTYPES)
+@pytest.mark.parametrize("spec", GRIDS, ids=name_of)
+def test_no_group_is_worse_than_rtn_by_its_norm(
+    spec: TensorSpec, scale_dtype: torch.dtype, norm: float
+) -> None:
+    weight = heavy_tailed()
+    config = MethodConfig(hqq=HqqConfig(norm=norm))
+    (solved,) = quantize_weights(weight, [spec], scale_dtype=scale_dtype, config=config)
+    rtn = quantize_weight(weight, spec, scale_dtype=scale_dtype).dequantize()
+    ours, theirs = (norms(weight, q, spec, norm) for q in (solved.quantized.dequantize(), rtn))
+    # Norms are float32 sums: each within 2 n u, and powers within a few u.
+    assert (ours <= theirs * (1 + 4 * weight.numel() * U)).all()
+    assert spec.bits > 3 or norm < 0.7 or ours.sum() < 0.98 * theirs.sum()
+
+
+@pytest.mark.parametrize("spec", GRIDS, ids=name_of)
+def test_the_unit_of_weights_does_not_matter(spec: TensorSpec) -> None:
+    weight = heavy_tailed()
+    fitted = fit_weight(weight, spec, HqqConfig())
+    for power in (-20, 20):
+        other = fit_weight(weight * 2.0**power, spec, HqqConfig())
+        assert torch.equal(other.codes, fitted.codes)
+        assert torch.equal(other.scale, fitted.scale * 2.0**power)
+
+
+@pytest.mark.parametrize("spec", [s for s in GRIDS if s.granularity != "tensor"], ids=name_of)
+def test_a_row_is_fitted_as_if_alone(spec: TensorSpec) -> None:
+    weight = heavy_tailed()
+    together, alone = fit_weight(weight, spec, HqqConfig()), fit_weight(weight[4:5], spec, HqqConfig())
+    assert torch.equal(together.codes[4:5], alone.codes)
+
+
+@pytest.mark.parametrize("spec", [s for s in GRIDS if not s.symmetric], ids=name_of)
+def test_zero_points_are_codes(spec: TensorSpec) -> None:
+    zero_point = fit_weight(heavy_tailed() + 3, spec, HqqConfig()).zero_point
+    assert zero_point is not None and zero_point.dtype == torch.int32
+    assert int(zero_point.min()) >= 0 and int(zero_point.max()) < 2**spec.bits
+
+
+def test_weights_on_a_grid_stay_on_it() -> None:
+    codes = torch.randint(-7, 8, (8, 32), generator=torch.Generator().manual_seed(0))
+    codes[:, 0] = 7
+    weight = codes * 0.25
+    assert torch.equal(fit_weight(weight, TensorSpec(4, "channel"), HqqConfig()).dequantize(), weight)
+
+
+def test_more_steps_are_never_worse() -> None:
+    weight, spec = heavy_tailed(), TensorSpec(3, "group", 16, symmetric=False)
+    found = [
+        norms(weight, fit_weight(weight, spec, HqqConfig(num_steps=n)).dequantize(), spec) for n in (1, 4, 20)
+    ]
+    assert (found[1] <= found[0] * (1 + 1e-5)).all() and (found[2] <= found[1] * (1 + 1e-5)).all()
+    assert found[2].sum() < found[0].sum()
+
+
+@pytest.mark.parametrize("norm", [0.5, 0.7, 1.0])
+def test_shrinkage_is_its_formula(norm: float) -> None:
+    x = torch.tensor([0.0, 1e-30, -0.05, 0.2, -0.3, 0.5, -4.0])
+    expected = [
+        0.0 if v == 0 else (1 if v > 0 else -1) * max(0.0, abs(v) - abs(v) ** (norm - 1) / 10)
+        for v in x.tolist()
+    ]
+    assert torch.allclose(shrink(x, 10.0, norm), torch.tensor(expected), rtol=1e-6, atol=0)
+
+
+def test_shrinkage_at_norm_1_is_the_minimizer() -> None:
+    x = torch.linspace(-1, 1, 21)
+    grid = torch.linspace(-1.2, 1.2, 24001).unsqueeze(-1)
+    best = grid[(grid.abs() + 10 / 2 * (grid - x).square()).argmin(0)].squeeze(-1)
+    assert (shrink(x, 10.0, 1.0) - best).abs().max() <= 1e-4 + 4 * U
