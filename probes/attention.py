@@ -36,7 +36,7 @@ from probes.hooks import around
 from probes.maps import MapRule
 from probes.mask_rules import as_mask, mask_rule
 from probes.masks import Mask
-from probes.query_blocks import AttentionCall, Past, rows_of_block, seeing_queries, seen_keys
+from probes.query_blocks import AttentionCall, Past, rows_of_block
 from probes.sites import Aged, QueryBlock, Site, Tokens, attention_layers, decoder_stack
 
 MAP_SITES = ("attn_logits", "attn_probs", "attn_effective")
@@ -177,7 +177,7 @@ def _entering(
     """Queries, keys and values through their sites. Hooks see values at every call, the others where they are new."""
     sites = [module.get_submodule(name) for name in ("attn_query", "attn_key", "attn_value")]
     of_query, of_key = (site if fresh else site.forward for site in sites[:2])
-    queries, keys = Tokens(lambda: seeing_queries(mask)), Tokens(lambda: seen_keys(mask))
+    queries, keys = Tokens(mask.text_queries), Tokens(mask.text_keys)
     return of_query(query, queries), of_key(key, keys), sites[2](value, keys)
 
 

@@ -84,6 +84,19 @@ class MaskRule(Mask):
             return Reach(0, stop + shift, 0, start + shift + 1, blind=False)
         return super()._find_reach(start, stop)
 
+    def text_queries(self) -> Tensor:
+        """bool [B or 1, 1, queries, 1]: a token that is not padding sees itself, whatever the rule."""
+        return self._text(self.query_offset, self.num_queries)
+
+    def text_keys(self) -> Tensor:
+        """bool [B or 1, 1, T, 1]."""
+        return self._text(self.key_offset, self.num_keys)
+
+    def _text(self, start: int, length: int) -> Tensor:
+        if self.padding_BT is None:
+            return torch.ones(1, 1, length, 1, dtype=torch.bool, device=self.device)
+        return self.padding_BT[:, None, start : start + length, None]
+
     def to(self, *_: Any, **__: Any) -> "MaskRule":
         """Itself: dispatchers move what a layer is given; a rule is small and stays."""
         return self

@@ -3,6 +3,7 @@
 Letters: B sequences, H heads, q queries, T keys of the call.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,20 @@ class Mask:
     def bias(self, start: int, stop: int, first: int, last: int) -> Tensor | None:
         """What the mask adds to visible logits, or None."""
         return None
+
+    def text_queries(self) -> Tensor:
+        """bool [B or 1, 1, queries, 1]: queries that are text and not padding: each sees some key."""
+        return torch.cat([seen.any(-1) for seen in self._walked()], -1).any(1, keepdim=True)[..., None]
+
+    def text_keys(self) -> Tensor:
+        """bool [B or 1, 1, T, 1]: keys that are text and not padding: some query sees each."""
+        return torch.stack([seen.any(-2) for seen in self._walked()]).any(0).any(1, keepdim=True)[..., None]
+
+    def _walked(self) -> Iterator[Tensor]:
+        """What 256 queries at a time see of all keys, bool [B or 1, H or 1, q, T], so that nothing is T x T."""
+        for start in range(0, self.num_queries, 256):
+            stop = min(self.num_queries, start + 256)
+            yield self.visible(start, stop, 0, self.num_keys).expand(-1, -1, stop - start, self.num_keys)
 
     def reach(self, start: int, stop: int) -> Reach:
         """The keys that queries [start, stop) touch; remembered, since every layer of a forward asks again."""

@@ -171,23 +171,6 @@ def _pad_rows(x_BHqd: Tensor) -> Tensor:
     return F.pad(x_BHqd, (0, 0, 0, missing)) if missing else x_BHqd
 
 
-def seeing_queries(mask: Mask) -> Tensor:
-    """bool [B or 1, 1, queries, 1]: queries that see some key, in some head."""
-    return torch.cat([seen.any(-1) for seen in _walked(mask)], -1).any(1, keepdim=True)[..., None]
-
-
-def seen_keys(mask: Mask) -> Tensor:
-    """bool [B or 1, 1, T, 1]: keys that some query sees, in some head."""
-    return torch.stack([seen.any(-2) for seen in _walked(mask)]).any(0).any(1, keepdim=True)[..., None]
-
-
-def _walked(mask: Mask) -> Iterator[Tensor]:
-    """What 256 queries at a time see of all keys, bool [B or 1, H or 1, q, T], so that nothing is T x T."""
-    for start in range(0, mask.num_queries, 256):
-        stop = min(mask.num_queries, start + 256)
-        yield mask.visible(start, stop, 0, mask.num_keys).expand(-1, -1, stop - start, mask.num_keys)
-
-
 def rows_of_block(asked: int | None, num_maps: int, num_keys: int) -> int:
     """Rows of a block: what was asked, or what fits the cache and wastes little at the diagonal; a multiple of 16."""
     rows = asked if asked is not None else min(256, num_keys // 8, BLOCK_ELEMENTS // (num_maps * num_keys))

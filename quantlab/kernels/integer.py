@@ -24,6 +24,7 @@ from torch.nn import functional
 from quantlab.numerics.affine import QuantizedTensor, quantize
 from quantlab.numerics.dynamic import dynamic_qparams
 from quantlab.numerics.qtype import QType
+from quantlab.numerics.static import Fixed
 from quantlab.schemes import TensorSpec
 
 __all__ = ["INTEGER_GROUP_SIZE", "Int8Weight", "int8_mm", "linear", "max_in_features", "sums_are_exact"]
@@ -71,14 +72,16 @@ class Int8Weight(nn.Module):
         return real.flatten(0, 1).t()
 
 
-def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None, inputs: TensorSpec) -> Tensor:
-    """x [.., T, K] times the weights, as integers; [.., T, N] in x's dtype.
+def linear(
+    x: Tensor, weight: Int8Weight, bias: Tensor | None, inputs: TensorSpec, fixed: Fixed | None = None
+) -> Tensor:
+    """x [.., T, K] times the weights, as integers; [.., T, N] in x's dtype. `fixed`: a static range, [1, 1] each.
 
     Error bound: against exact arithmetic on the same codes, one rounding each for the conversion of the sum, the
     two scales, every further group's addition, the bias and the result's dtype; no error grows with K.
     """
     qtype = QType.of_activations(inputs)
-    scale, zero_point = dynamic_qparams(x, inputs)
+    scale, zero_point = dynamic_qparams(x, inputs, fixed)
     shift = _shift(qtype)
     codes = quantize(x, scale, zero_point, qtype)
     if shift:

@@ -7,6 +7,7 @@ from quantlab.errors import SchemeError
 from quantlab.kernels import integer, reference
 from quantlab.kernels.choice import Kernel
 from quantlab.numerics.affine import QuantizedTensor
+from quantlab.numerics.static import Fixed
 from quantlab.schemes import TensorSpec
 
 __all__ = ["QuantLinear", "weight_of"]
@@ -24,6 +25,9 @@ class QuantLinear(nn.Module):
 
     bias: Tensor | None
     real_weight: Tensor | None
+    low: Tensor | None
+    high: Tensor | None
+    """The range of inputs under a static spec."""
 
     def __init__(
         self,
@@ -32,8 +36,11 @@ class QuantLinear(nn.Module):
         inputs: TensorSpec | None,
         kernel: Kernel,
         name: str = "linear",
+        fixed: Fixed | None = None,
     ) -> None:
         """quantized None keeps the linear's own weights; inputs None keeps its inputs at 16 bits.
+
+        `fixed` is the range of inputs whose spec is static, from `numerics.static.static_range`.
 
         Dequantized weights are rounded to the linear's dtype; the integer kernel keeps codes and scales instead.
         `name` is the place in the model, for messages.
@@ -44,6 +51,10 @@ class QuantLinear(nn.Module):
         assert bias is None or isinstance(bias, Tensor)
         self.out_features, self.in_features = weight_OI.shape
         self.dtype = weight_OI.dtype
+        assert inputs is None or inputs.static == (fixed is not None), "static inputs go with a range"
+        low, high = fixed or (None, None)
+        self.register_buffer("low", low, persistent=False)
+        self.register_buffer("high", high, persistent=False)
         self.codes: integer.Int8Weight | None = None
         if kernel == "int8_mm":
             assert quantized is not None and inputs is not None, (
@@ -65,15 +76,17 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., I] to [.., O]."""
-        if self.inputs is not None and self.inputs.granularity in ("tensor", "channel") and x.ndim < 3:
+        fixed = None if self.low is None or self.high is None else (self.low, self.high)
+        spans_tokens = self.inputs is not None and self.inputs.granularity in ("tensor", "channel")
+        if self.inputs is not None and spans_tokens and fixed is None and x.ndim < 3:
             raise SchemeError(
                 f"a scale per sequence needs inputs [batch, tokens, channels]: {self.name} gets {list(x.shape)}, "
                 f"where sequences cannot be told apart. Use one scale per token (a{self.inputs.bits}), or add "
                 f'"*.{self.name.rpartition(".")[2]}" to skip.'
             )
         if self.codes is not None and self.inputs is not None:
-            return integer.linear(x, self.codes, self.bias, self.inputs)
-        return reference.linear(x, self.weight, self.bias, self.inputs)
+            return integer.linear(x, self.codes, self.bias, self.inputs, fixed)
+        return reference.linear(x, self.weight, self.bias, self.inputs, fixed)
 
     def extra_repr(self) -> str:
         """What stands in the printed model: `in_features=64, out_features=96, kernel=int8_mm`."""

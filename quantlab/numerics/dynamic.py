@@ -26,9 +26,11 @@ def dynamic_range(
     return (absmax if spec.symmetric else min_max)(group_view(x, spec), dims)
 
 
-def dynamic_qparams(x: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of inputs of a linear [.., T, C]; shapes as in `granularity`."""
-    return choose_qparams(*dynamic_range(x, "inputs", spec), QType.of_activations(spec))
+def dynamic_qparams(
+    x: Tensor, spec: TensorSpec, fixed: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of inputs of a linear [.., T, C]; shapes as in `granularity`. `fixed` is a static range."""
+    return choose_qparams(*(fixed or dynamic_range(x, "inputs", spec)), QType.of_activations(spec))
 
 
 def fake_quantize_in_range(x: Tensor, x_min: Tensor, x_max: Tensor, spec: TensorSpec) -> Tensor:

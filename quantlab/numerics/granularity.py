@@ -8,6 +8,11 @@
                                     row           [.., T, C]        C        [.., T, 1]
                                     channel       [.., T, C]        T        [.., 1, C]
                                     group         [.., T, C/g, g]   g        [.., T, C/g, 1]
+    queries, keys, values           tensor        [B, H, T, d]      H, T, d  [B, 1, 1, 1]
+    [B, H, T, d]                    head          [B, H, T, d]      T, d     [B, H, 1, 1]
+                                    channel       [B, H, T, d]      T        [B, H, 1, d]
+                                    row           [B, H, T, d]      d        [B, H, T, 1]
+                                    group         [B, H, T, d/g, g] g        [B, H, T, d/g, 1]
     attention map [B, H, Q, T]      tensor        [B, H, Q, T]      H, Q, T  [B, 1, 1, 1]
                                     head          [B, H, Q, T]      Q, T     [B, H, 1, 1]
                                     row           [B, H, Q, T]      T        [B, H, Q, 1]
@@ -24,11 +29,12 @@ from quantlab.schemes import Granularity, TensorSpec
 
 __all__ = ["Kind", "group_view", "spanned_dims"]
 
-Kind = Literal["weight", "inputs", "map"]
+Kind = Literal["weight", "inputs", "heads", "map"]
 
 _SPANS: dict[Kind, dict[Granularity, tuple[int, ...]]] = {
     "weight": {"tensor": (-2, -1), "channel": (-1,), "group": (-1,)},
     "inputs": {"tensor": (-2, -1), "row": (-1,), "channel": (-2,), "group": (-1,)},
+    "heads": {"tensor": (-3, -2, -1), "head": (-2, -1), "channel": (-2,), "row": (-1,), "group": (-1,)},
     "map": {"tensor": (-3, -2, -1), "head": (-2, -1), "row": (-1,)},
 }
 
