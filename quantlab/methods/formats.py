@@ -1,0 +1,53 @@
+"""Formats with an arithmetic of their own: one function, and the table of what it calls. O outputs, I inputs."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quantlab.methods.codebooks import fp4, nf4
+from quantlab.methods.floats import fp8, fp8e5m2, mxfp4, mxfp6, mxfp6e3m2, nvfp4
+from quantlab.methods.llm_int8 import llm_int8
+from quantlab.methods.solved import Solved
+from quantlab.numerics.codebook import CodebookTensor
+from quantlab.schemes import WeightFormat
+
+__all__ = ["FORMATS", "quantize_format"]
+
+
+class Quantizer(Protocol):
+    """What stands in the table."""
+
+    def __call__(self, weight_OI: Tensor, name: str, *, scale_dtype: torch.dtype) -> CodebookTensor:
+        """Codes of one matrix; `name` is its place in the model, for messages."""
+
+
+FORMATS: dict[str, Quantizer] = {
+    "nf4": nf4,
+    "fp4": fp4,
+    "fp8": fp8,
+    "fp8e5m2": fp8e5m2,
+    "mxfp4": mxfp4,
+    "mxfp6": mxfp6,
+    "mxfp6e3m2": mxfp6e3m2,
+    "nvfp4": nvfp4,
+    "llm_int8": llm_int8,
+}
+"""Name of a `WeightFormat` to the function that quantizes to it."""
+
+
+def quantize_format(
+    weight_OI: Tensor, fmt: WeightFormat, *, scale_dtype: torch.dtype = torch.float32, name: str = "weight"
+) -> Solved:
+    """Codes of one matrix in a format.
+
+    Args:
+        weight_OI: any float dtype; computed in float32.
+        scale_dtype: dtype of the scales of fp8 and fp8e5m2; the other formats fix their own.
+        name: the matrix's place in the model, for messages.
+
+    Raises:
+        SchemeError: the blocks of the format do not divide I, or a scale or weight is out of its range.
+        CheckpointError: a weight is not finite.
+    """
+    return Solved(FORMATS[fmt.name](weight_OI, name, scale_dtype=scale_dtype))
