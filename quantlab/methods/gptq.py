@@ -1,0 +1,148 @@
+"""GPTQ: channels are rounded one after another, and each rounding error is made good by the channels still to come.
+
+Least sum over calibration tokens of |W x - What x|^2, greedily: Frantar et al. 2022, arXiv:2210.17323. All schemes of
+a sweep come from one factorization of X^T X and one pass over the channels. Where nothing correlates it is RTN.
+
+O: outputs, I: inputs, S: schemes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from quantlab.calibration.statistics import LinearStats
+from quantlab.errors import ConfigError, SchemeError
+from quantlab.methods.columns import LANES, BlockGrid, GridOf, fed_back, solve_columns
+from quantlab.methods.config import GptqConfig, MethodConfig
+from quantlab.methods.grids import Grid, fit_grid, stacked, without_dead
+from quantlab.methods.hessian import Feedback, feedback_of
+from quantlab.methods.solved import Solved
+from quantlab.numerics.affine import QuantizedTensor
+from quantlab.schemes import TensorSpec
+
+__all__ = ["quantize_weights"]
+
+_DEFAULTS = MethodConfig()
+_LARGE = 2.0**64
+
+
+def quantize_weights(
+    weight_OI: Tensor,
+    specs: Sequence[TensorSpec],
+    stats: LinearStats | None,
+    *,
+    scale_dtype: torch.dtype = torch.float32,
+    config: MethodConfig = _DEFAULTS,
+) -> list[Solved]:
+    """Quantize one matrix to every spec, bit for bit as each would be alone.
+
+    Ranges are of the weights as they are (static groups, channels, tensors), or of the weights as fed back when the
+    group begins (`config.gptq.static_groups` off). Weights of dead channels widen no range, and take their nearest
+    codes: that costs nothing on calibration tokens, and least on a token that does reach them.
+
+    Raises:
+        SchemeError: no statistics, values that are not finite, a group_size that does not divide I, or a scale that
+            overflows `scale_dtype`.
+        ConfigError: act_order with groups but without static_groups.
+    """
+    stats = _checked(weight_OI, specs, stats, config.gptq)
+    feedback = feedback_of(stats.gram_II, damping=config.gptq.damping, act_order=config.gptq.act_order)
+    note = "; ".join((*_shortage(stats), *feedback.notes))
+    weight_OI = weight_OI.detach().float()
+    static = [spec for spec in specs if config.gptq.static_groups or spec.group_size is None]
+    together = iter(_solve_static(weight_OI, static, feedback, scale_dtype, config.gptq.block_size))
+    return [
+        Solved(
+            next(together) if spec in static else _solve_dynamic(weight_OI, spec, feedback, scale_dtype), note
+        )
+        for spec in specs
+    ]
+
+
+def _checked(
+    weight_OI: Tensor, specs: Sequence[TensorSpec], stats: LinearStats | None, config: GptqConfig
+) -> LinearStats:
+    """The statistics, once everything that can be refused has been looked at."""
+    if stats is None:
+        raise SchemeError(
+            "gptq needs calibration: found no X^T X of this layer. Calibrate first, or use rtn or hqq."
+        )
+    grouped = any(spec.group_size is not None for spec in specs)
+    if grouped and config.act_order and not config.static_groups:
+        raise ConfigError(
+            "gptq.act_order needs gptq.static_groups where weights have groups: groups along the reordered channels "
+            "have no place in the stored form. Turn static_groups on, or act_order off."
+        )
+    for name, values in (("weights", weight_OI), ("X^T X of the inputs", stats.gram_II)):
+        if not values.isfinite().all():
+            raise SchemeError(
+                f"gptq needs finite numbers: found NaN or Inf in the {name}. Fix or skip this layer."
+            )
+    return stats
+
+
+def _shortage(stats: LinearStats) -> tuple[str, ...]:
+    """What there is to say of too little calibration."""
+    size = len(stats.gram_II)
+    if stats.num_tokens >= size:
+        return ()
+    return (
+        f"gptq: {stats.num_tokens} tokens for {size} input channels: rank-deficient, damping decides the rest",
+    )
+
+
+def _solve_static(
+    weight_OI: Tensor, specs: list[TensorSpec], feedback: Feedback, scale_dtype: torch.dtype, block_size: int
+) -> list[QuantizedTensor]:
+    """Every spec in one pass: all ranges are known before it begins."""
+    if not specs:
+        return []
+    live = (without_dead(weight_OI, feedback.dead_I, spec) for spec in specs)
+    grids = [fit_grid(live_OI, spec, scale_dtype) for live_OI, spec in zip(live, specs, strict=True)]
+    weight_IO = _laid_out(weight_OI)
+
+    def grid_of(start: int, stop: int, target_SBO: Tensor) -> BlockGrid:
+        return stacked([grid.rows(feedback.order_I[start:stop]) for grid in grids], weight_IO)
+
+    codes_SIO = _solve(weight_IO, feedback, grid_of, len(specs), block_size)
+    return [
+        grid.quantized(codes_IO[:, : len(weight_OI)]) for grid, codes_IO in zip(grids, codes_SIO, strict=True)
+    ]
+
+
+def _solve_dynamic(
+    weight_OI: Tensor, spec: TensorSpec, feedback: Feedback, scale_dtype: torch.dtype
+) -> QuantizedTensor:
+    """One spec whose groups find their scales when their turn comes: a block is a group."""
+    grids: list[Grid] = []
+    alone, num_outputs = replace(spec, granularity="channel", group_size=None), len(weight_OI)
+    weight_IO = _laid_out(weight_OI)
+    upper_II = feedback.upper_II.to(weight_IO.dtype)
+
+    def grid_of(start: int, stop: int, target_SBO: Tensor) -> BlockGrid:
+        seen_BO = fed_back(weight_IO[start:stop], target_SBO[0], upper_II[start:stop, start:stop])
+        live_OB = without_dead(seen_BO[:, :num_outputs].t(), feedback.dead_I[start:stop], alone)
+        grids.append(fit_grid(live_OB, alone, scale_dtype))
+        return stacked([grids[-1].rows(feedback.order_I[start:stop])], weight_IO)
+
+    assert spec.group_size is not None
+    (codes_IO,) = _solve(weight_IO, feedback, grid_of, 1, spec.group_size)
+    scale_GO = torch.cat([grid.scale_GO for grid in grids])
+    zero_point_GO = torch.cat([grid.zero_point_GO for grid in grids])
+    return Grid(spec, scale_GO, zero_point_GO).quantized(codes_IO[:, :num_outputs])
+
+
+def _solve(weight_IO: Tensor, feedback: Feedback, grid_of: GridOf, num_grids: int, block_size: int) -> Tensor:
+    """Centred codes [S, I, O] of channels in their own order."""
+    upper_II = feedback.upper_II.to(weight_IO.dtype)
+    codes_SIO = solve_columns(weight_IO[feedback.order_I], upper_II, grid_of, num_grids, block_size)
+    return codes_SIO[:, feedback.order_I.argsort()]
+
+
+def _laid_out(weight_OI: Tensor) -> Tensor:
+    """The working copy [I, O], outputs padded to whole vectors; float64 where feedback could overflow float32."""
+    wide = weight_OI.double() if weight_OI.abs().max() > _LARGE else weight_OI
+    return pad(wide, (0, 0, 0, -len(weight_OI) % LANES)).t().contiguous()

@@ -1,0 +1,90 @@
+"""Grids of a weight matrix, laid out for a loop over its input channels.
+
+Codes are counted from the zero point here: centred code c = code - zero_point, real value = c * scale, and c is within
+[qmin - zero_point, qmax - zero_point]. Rounding is the same, since the zero point is whole.
+
+O: outputs, I: inputs, G: groups.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from quantlab.numerics.affine import QuantizedTensor, choose_qparams
+from quantlab.numerics.granularity import group_view, spanned_dims
+from quantlab.numerics.qtype import QType
+from quantlab.numerics.ranges import absmax, min_max
+from quantlab.schemes import TensorSpec
+
+__all__ = ["Grid", "fit_grid", "stacked", "without_dead"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scale and ends of every group, one row a group."""
+
+    spec: TensorSpec
+    """What shares a scale, and the codes."""
+    scale_GO: Tensor
+    """float32, positive; G is 1 for granularities without groups. Per tensor, all O are one value."""
+    zero_point_GO: Tensor
+    """float32, whole; 0 on a symmetric grid."""
+
+    def rows(self, channels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale, smallest and largest centred code of these input channels, each [len(channels), O]."""
+        qtype = QType.of_weights(self.spec)
+        size = self.spec.group_size
+        group = torch.zeros_like(channels) if size is None else channels // size
+        zero_point = self.zero_point_GO[group]
+        return self.scale_GO[group], qtype.qmin - zero_point, qtype.qmax - zero_point
+
+    def quantized(self, centred_IO: Tensor) -> QuantizedTensor:
+        """The matrix whose centred codes these are."""
+        qtype = QType.of_weights(self.spec)
+        size = self.spec.group_size or len(centred_IO)
+        zero_point_GO = self.zero_point_GO.to(centred_IO.dtype)
+        codes_IO = (centred_IO.unflatten(0, (-1, size)) + zero_point_GO[:, None]).flatten(0, 1)
+        kept = 1 if self.spec.granularity == "tensor" else None
+        scale, zero_point = (x.t()[:kept].contiguous() for x in (self.scale_GO, self.zero_point_GO))
+        return QuantizedTensor(
+            codes_IO.t().to(qtype.dtype).contiguous(),
+            scale,
+            None if qtype.symmetric else zero_point.to(torch.int32),
+            qtype,
+        )
+
+
+def fit_grid(weight_OI: Tensor, spec: TensorSpec, scale_dtype: torch.dtype) -> Grid:
+    """The grid that just covers every group, as RTN's; scales already rounded to `scale_dtype`.
+
+    Raises:
+        SchemeError: group_size does not divide I, or a scale overflows `scale_dtype`.
+    """
+    view, dims = group_view(weight_OI, spec), spanned_dims("weight", spec)
+    low, high = absmax(view, dims) if spec.symmetric else min_max(view, dims)
+    scale, zero_point = choose_qparams(low, high, QType.of_weights(spec), scale_dtype)
+    zero_point = torch.zeros_like(scale) if zero_point is None else zero_point.float()
+    num_outputs = len(weight_OI)
+    scale_GO, zero_point_GO = (
+        x.reshape(x.shape[0], -1).t().expand(-1, num_outputs) for x in (scale, zero_point)
+    )
+    return Grid(spec, scale_GO.contiguous(), zero_point_GO.contiguous())
+
+
+def without_dead(weight_OI: Tensor, dead_I: Tensor, spec: TensorSpec) -> Tensor:
+    """The weights that may widen a range: those of dead channels are 0, but where all that share a scale are dead."""
+    alone = dead_I.all() if spec.group_size is None else group_view(dead_I, spec).all(-1)
+    silent_I = dead_I & ~alone.repeat_interleave(len(dead_I) // alone.numel())
+    return weight_OI.masked_fill(silent_I, 0.0)
+
+
+def stacked(rows: list[tuple[Tensor, Tensor, Tensor]], weight_IO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`Grid.rows` of several grids side by side, [B, S, O] each, in the dtype and with the padding of the weights.
+
+    A padded output weighs 0 and has scale 1, so its code is 0 and its error 0.
+    """
+    padding = (0, weight_IO.shape[1] - rows[0][0].shape[1])
+    scale, low, high = (torch.stack(part, 1).to(weight_IO.dtype) for part in zip(*rows, strict=True))
+    return pad(scale, padding, value=1.0), pad(low, padding), pad(high, padding)
