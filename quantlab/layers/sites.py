@@ -1,35 +1,68 @@
 """Sites: which places of a model hold what a scheme rounds beside weights and their inputs, and how they are swapped.
 
-The sites of attention logits, probabilities and joined maps become `FakeQuant`; lambdas and decoder layers are wrapped
-in a `QuantOutput`. Everything is found before anything is swapped.
+    attn_logits, attn_probs, attn_effective   l p e    FakeQuant of all heads, or of those of one map
+    attn_query, attn_key, attn_value          q k v    FakeQuant
+    attn_key and attn_value                   kv       CachedHeads
+    lambda_, decoder layers                   d x      QuantOutput around them
+
+Everything is found, checked and made before anything is swapped.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from probes.sites import attention_layers, decoder_layers
+from probes.sites import attention_layers, decoder_layers, map_of_head
+from quantlab.calibration.statistics import AttentionStats
 from quantlab.changes import Change
-from quantlab.errors import SchemeError
+from quantlab.errors import CalibrationError, SchemeError, nearest
 from quantlab.layers.fake_quant import FakeQuant, QuantOutput
+from quantlab.layers.kv_cache import CachedHeads
 from quantlab.layers.targets import parents_of
+from quantlab.numerics.static import Fixed, static_range
 from quantlab.schemes import Scheme, TensorSpec
 
-__all__ = ["Undo", "find_outputs", "find_sites", "replace_module", "swap_output", "swap_site"]
+__all__ = [
+    "FoundSite",
+    "Undo",
+    "find_outputs",
+    "find_sites",
+    "replace_module",
+    "swap_output",
+    "swap_site",
+]
 
 _ALONE: dict[str, Callable[[TensorSpec], Scheme]] = {
+    "attn_query": lambda spec: Scheme(query=spec),
+    "attn_key": lambda spec: Scheme(key=spec),
+    "attn_value": lambda spec: Scheme(value=spec),
+    "kv_cache": lambda spec: Scheme(cache=spec),
     "attn_logits": lambda spec: Scheme(logits=spec),
     "attn_probs": lambda spec: Scheme(probs=spec),
     "attn_effective": lambda spec: Scheme(effective=spec),
 }
 """Site -> the scheme that quantizes it alone."""
+_WITHIN = {"attn_query": "queries", "attn_key": "keys", "attn_value": "values", "kv_cache": "cached keys"}
+
 Undo = list[tuple[nn.Module, str, nn.Module]]
 """(parent, attribute, module that was there) of every swap, in order."""
+FoundSite = tuple[str, nn.Module, str, FakeQuant | CachedHeads]
+"""(layer's dotted name, layer, site, what will stand there)."""
 
 
-def find_sites(model: nn.Module, scheme: Scheme) -> list[tuple[str, nn.Module, str, TensorSpec]]:
-    """(layer's name, layer, site, spec) of every attention site that the scheme quantizes."""
-    if not scheme.sites:
+def find_sites(
+    model: nn.Module, scheme: Scheme, attention: Mapping[str, AttentionStats] | None = None
+) -> list[FoundSite]:
+    """Every attention site that the scheme quantizes, in the model's order, with what will stand there.
+
+    Args:
+        attention: calibration's ranges by the layer's dotted name, for static queries, keys, values and caches.
+
+    Raises:
+        SchemeError: the model is outside `attention_sites`, or its attention has no such site, map or group size.
+        CalibrationError: a static range that calibration did not give.
+    """
+    if not scheme.sites and not scheme.head_sites:
         return []
     layers = attention_layers(model)
     if not all(hasattr(layer, "attn_logits") for _, layer in layers):
@@ -37,13 +70,79 @@ def find_sites(model: nn.Module, scheme: Scheme) -> list[tuple[str, nn.Module, s
             f"{scheme.name} quantizes attention sites, which live inside attention_sites(model): enter it around "
             "quantize_, or use quantized(model, scheme)."
         )
-    lacking = [prefix for prefix, layer in layers if not all(hasattr(layer, name) for name in scheme.sites)]
-    if lacking:
+    found: list[FoundSite] = []
+    for name, layer in layers:
+        for site, spec in scheme.head_sites.items():
+            _check_head_site(scheme, name, layer, site, spec)
+            found += _at_heads(name, layer, site, spec, attention)
+        for site, spec in scheme.sites.items():
+            found.append((name, layer, site, _at_map(scheme, name, layer, site, spec)))
+    return found
+
+
+def _at_map(scheme: Scheme, name: str, layer: nn.Module, site: str, spec: TensorSpec) -> FakeQuant:
+    """What rounds a map, or one of two."""
+    if not hasattr(layer, site):
         raise SchemeError(
             f"{scheme.name} quantizes effective maps, which exist where attention joins its maps before the values: "
-            f"{lacking[0]} ({type(model.get_submodule(lacking[0])).__name__}) joins none. Leave the part 'e' out."
+            f"{name} ({type(layer).__name__}) joins none. Leave the part 'e' out."
         )
-    return [(prefix, layer, name, spec) for prefix, layer in layers for name, spec in scheme.sites.items()]
+    if spec.map is None:
+        return FakeQuant(spec, "map")
+    heads = [head for head, which in enumerate(map_of_head(layer)) if which == spec.map - 1]
+    if 1 not in map_of_head(layer):
+        raise SchemeError(
+            f"{scheme.name} quantizes one of the two maps of differential attention: {name} "
+            f"({type(layer).__name__}) subtracts none. Leave m{spec.map} out."
+        )
+    return FakeQuant(spec, "map", heads=heads)
+
+
+def _check_head_site(scheme: Scheme, name: str, layer: nn.Module, site: str, spec: TensorSpec) -> None:
+    """Refuse what a layer's heads cannot have."""
+    if site != "attn_value" and getattr(layer, "is_local", False):
+        raise SchemeError(
+            f"{scheme.name} quantizes {_WITHIN[site]}, which meet queries in a product: {name} "
+            f"({type(layer).__name__}, potential=local) makes one number of each token instead. Quantize its logits "
+            "(l) or values (v)."
+        )
+    width = getattr(layer, "head_dim", None)
+    if isinstance(width, int) and spec.group_size is not None and width % spec.group_size:
+        raise SchemeError(
+            f"group_size must divide the channels of a head: {name} has {width}, {scheme.name} asks for "
+            f"{spec.group_size}. Use one scale per token (leave g{spec.group_size} out)."
+        )
+
+
+def _at_heads(
+    name: str,
+    layer: nn.Module,
+    site: str,
+    spec: TensorSpec,
+    attention: Mapping[str, AttentionStats] | None,
+) -> list[FoundSite]:
+    """What rounds queries, keys or values; a cache's keys and values both."""
+    if site != "kv_cache":
+        return [(name, layer, site, FakeQuant(spec, "heads", fixed=_fixed(name, site, spec, attention)))]
+    keys = CachedHeads(spec, "keys", fixed=_fixed(name, "attn_key", spec, attention))
+    values = CachedHeads(spec, "values", fixed=_fixed(name, "attn_value", spec, attention))
+    return [(name, layer, "attn_key", keys), (name, layer, "attn_value", values)]
+
+
+def _fixed(
+    name: str, site: str, spec: TensorSpec, attention: Mapping[str, AttentionStats] | None
+) -> Fixed | None:
+    """The range of a static spec, from calibration."""
+    if not spec.static:
+        return None
+    if attention is None or name not in attention:
+        which = "none was given" if attention is None else f"{name} is not in it"
+        raise CalibrationError(
+            f"static scales come from a calibration of this model's attention: {which}. Calibrate first, or leave the "
+            f"'s' out.{nearest(name, attention or ())}"
+        )
+    ranges = getattr(attention[name], site.removeprefix("attn_"))
+    return static_range(spec, ranges.minimum_HC, ranges.maximum_HC)
 
 
 def find_outputs(model: nn.Module, scheme: Scheme) -> list[tuple[str, nn.Module, TensorSpec]]:
@@ -70,13 +169,16 @@ def find_outputs(model: nn.Module, scheme: Scheme) -> list[tuple[str, nn.Module,
     return found
 
 
-def swap_site(layer: nn.Module, prefix: str, name: str, spec: TensorSpec, undo: Undo | None) -> Change:
-    """Put a FakeQuant in the place of one attention site."""
+def swap_site(
+    layer: nn.Module, prefix: str, site: str, quantizer: FakeQuant | CachedHeads, undo: Undo | None
+) -> Change:
+    """Put what `find_sites` made in its place."""
     if undo is not None:
-        undo.append((layer, name, layer.get_submodule(name)))
-    setattr(layer, name, FakeQuant(spec, "map"))
-    what = _ALONE[name](spec).name
-    return Change(f"{prefix}.{name}", "swapped", what, spec.bits, 0, "simulated")
+        undo.append((layer, site, layer.get_submodule(site)))
+    setattr(layer, site, quantizer.train(layer.training))
+    alone = "kv_cache" if isinstance(quantizer, CachedHeads) else site
+    what = _ALONE[alone](quantizer.spec).name
+    return Change(f"{prefix}.{site}", "swapped", what, quantizer.spec.bits, 0, "simulated")
 
 
 def swap_output(

@@ -1,0 +1,86 @@
+"""The cache of keys and values, quantized: what a query reads of a token that came before it.
+
+    token by token       a scale for each token and head, or for groups of its channels (r, gN); fixed ranges (t, h, c)
+    keys by channel      a scale for each channel of a head and 32 consecutive tokens, counted from the sequence's
+                         first; values token by token (c, as in KIVI)
+
+With a window R a query reads its last R tokens, its own among them, as they are, and older ones from the cache. Scales
+by channel are known once their 32 tokens are complete, so R is at least 32 there: no query then depends on a later
+token. Where a generating engine keeps between R and R + 32 tokens, until a group is complete, this keeps R.
+
+Both kinds round what the attention product would read: after rotary embedding, heads that share keys not repeated.
+
+Source: Liu et al. 2024, KIVI, arXiv:2402.02750, section 3.
+
+Letters: B sequences, K key or value heads, T tokens, G groups of tokens, d channels.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from probes.sites import Aged
+from quantlab.layers.fake_quant import FakeQuant, Where
+from quantlab.numerics.dynamic import fake_quantize_in_range
+from quantlab.numerics.ranges import absmax, min_max
+from quantlab.numerics.static import Fixed
+from quantlab.schemes import TensorSpec
+from quantlab.schemes.places import CACHE_GROUP
+
+__all__ = ["CachedHeads", "round_by_channel"]
+
+
+class CachedHeads(nn.Module):
+    """Stands at the site of keys or of values, and gives what queries read of the cache."""
+
+    def __init__(
+        self, spec: TensorSpec, what: Literal["keys", "values"], *, fixed: Fixed | None = None
+    ) -> None:
+        """`fixed` is the range of a static spec, from `numerics.static.static_range`."""
+        super().__init__()
+        self.spec, self.what = spec, what
+        self.by_channel = spec.granularity == "channel" and fixed is None and what == "keys"
+        per_token = spec
+        if spec.granularity == "channel" and fixed is None:
+            per_token = TensorSpec(spec.bits, "row", symmetric=spec.symmetric)
+        self.rounding = FakeQuant(per_token, "heads", fixed=fixed)
+
+    def forward(self, x: Tensor, tokens: Where) -> Tensor | Aged:
+        """[B, K, T, d]: the cache's, or both where a window is unquantized."""
+        past = round_by_channel(x, tokens.visible, self.spec) if self.by_channel else self.rounding(x, tokens)
+        return past if self.spec.window is None else Aged(x, past, self.spec.window)
+
+    def extra_repr(self) -> str:
+        """What stands in the printed model: `keys, 4 bits, channel, window 128`."""
+        window = "" if self.spec.window is None else f", window {self.spec.window}"
+        return f"{self.what}, {self.spec.bits} bits, {self.spec.granularity}{window}"
+
+
+def round_by_channel(
+    x: Tensor, visible: Tensor, spec: TensorSpec, *, group_size: int = CACHE_GROUP
+) -> Tensor:
+    """Keys [B, K, T, d] on grids of one channel and `group_size` consecutive tokens each; same shape and dtype.
+
+    Args:
+        visible: bool [B or 1, 1, T, 1]: tokens that are text. Groups start at the first of a sequence, and padding
+            sets no scale.
+    """
+    # Padding on the left goes to the end for a moment: [B or 1, 1, T, 1] indices of the tokens in their new order.
+    first = visible.int().argmax(2, keepdim=True)
+    here = torch.arange(x.shape[2], device=x.device)[:, None]
+    order = (here + first) % x.shape[2]
+    counted = _gather(x.masked_fill(~visible, 0.0), order)
+    groups = functional.pad(counted, (0, 0, 0, -x.shape[2] % group_size)).unflatten(2, (-1, group_size))
+    low, high = (absmax if spec.symmetric else min_max)(groups, (-2,))
+    back = (here - first) % x.shape[2]
+    low, high = (
+        _gather(end.expand_as(groups).flatten(2, 3)[:, :, : x.shape[2]], back) for end in (low, high)
+    )
+    return fake_quantize_in_range(x, low, high, spec)
+
+
+def _gather(x: Tensor, order: Tensor) -> Tensor:
+    """Tokens of x [B, K, T, d] in the order [B or 1, 1, T, 1]."""
+    return x.gather(2, order.expand(x.shape))
