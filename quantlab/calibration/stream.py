@@ -11,8 +11,8 @@ in which recorders stand for the layers, so no family needs to be known.
 Letters: N sequences, T tokens, D hidden channels; n sequences of a call.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -71,7 +71,7 @@ class BlockStep:
 
 def walk_blocks(
     model: nn.Module, ids_NT: Tensor, *, batch_size: int = 8, source: Source | None = None
-) -> Iterator[BlockStep]:
+) -> Generator[BlockStep, None, None]:
     """The decoder layers in order, each with its inputs; after a step its outputs are the next one's inputs.
 
     Args:
@@ -186,12 +186,9 @@ class _Entrance:
         end = len(self.layers) - 1 if last is None else last
         seen: list[_Call] = []
         device = next(each.device for each in self.stack.parameters() if not each.is_meta)
-        with _recording(self.home, seen, end, self.gives_tuple), torch.no_grad():
-            try:
-                # Not a call of the module: hooks on it expect the layers to run.
-                self.stack.forward(input_ids=ids_nT.to(device), use_cache=False)
-            except _Arrived:
-                pass
+        with suppress(_Arrived), _recording(self.home, seen, end, self.gives_tuple), torch.no_grad():
+            # Not a call of the module: hooks on it expect the layers to run.
+            self.stack.forward(input_ids=ids_nT.to(device), use_cache=False)
         # No layer changes its hidden states here, so layers that run in a row are given one tensor.
         if len(seen) != end + 1 or any(call.hidden is not seen[0].hidden for call in seen):
             raise _not_in_a_row(self.stack)

@@ -113,7 +113,7 @@ def test_gradients_flow_where_the_caller_wants_them() -> None:
 @pytest.mark.parametrize("solver", ["euler", "dopri5"])
 def test_layers_integrated_over_depth_are_refused(solver: str) -> None:
     model = toys.toy_model("quantlab", variant="continuous_depth", variant_options={"solver": solver})
-    with pytest.raises(CalibrationError, match="layers must run one after another.*QuantlabForCausalLM"):
+    with pytest.raises(CalibrationError, match=r"layers must run one after another.*QuantlabForCausalLM"):
         next(walk_blocks(model, _ids()))
 
 
