@@ -8,15 +8,11 @@ __all__ = ["TransformConfig"]
 
 
 class TransformConfig(Section):
-    """Every transform's settings."""
+    """How the function-preserving transforms are made and checked."""
 
-    smoothing: float = Field(0.5, ge=0, le=1)
-    """SmoothQuant's alpha: how much of an input channel's range moves into the weights."""
-    seed: int = Field(0, ge=0)
-    """Seed of random rotations."""
-    spin_steps: int = Field(100, ge=1)
-    """Steps of the descent that learns the rotation of the residual stream."""
-    spin_learning_rate: float = Field(0.1, gt=0)
-    """Its first step size; falls linearly to 0."""
-    num_sequences: int = Field(2, ge=1)
-    """Calibration sequences on which the function is compared before and after each transform."""
+    smooth_alpha: float = Field(0.5, ge=0, le=1)
+    """How far outliers move from activations to weights: 0 not at all, 1 entirely."""
+    guard_sequences: int = Field(2, ge=1)
+    """Sequences on which the logits before and after a transform are compared."""
+    guard_tokens: int = Field(256, ge=1)
+    """Tokens of each of them."""

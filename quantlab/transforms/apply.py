@@ -1,0 +1,84 @@
+"""Transforms by name, one after the other, each proved by the guard before the next.
+
+with transformed(model, ("smooth", "rotate"), ids_NT, stats) as notes:
+    ...                                  # the same function, with other weights
+                                         # here the same modules as before, however the block ended
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+from torch import Tensor, nn
+
+from quantlab.calibration.statistics import LinearStats
+from quantlab.errors import SchemeError, nearest
+from quantlab.transforms.config import TransformConfig
+from quantlab.transforms.edit import Undo, restore
+from quantlab.transforms.fold import fold_
+from quantlab.transforms.guard import Guard
+from quantlab.transforms.smooth import smooth_
+
+__all__ = ["MAKERS", "transformed"]
+
+_DEFAULTS = TransformConfig()
+Maker = Callable[[nn.Module, Tensor, Mapping[str, LinearStats], TransformConfig, Undo], list[str]]
+
+MAKERS: dict[str, Maker] = {
+    "fold": lambda model, ids, stats, config, undo: fold_(model, undo),
+    "smooth": lambda model, ids, stats, config, undo: smooth_(model, stats, undo, config.smooth_alpha),
+}
+"""Name in a scheme -> what makes the transform: (model, ids_NT, stats, config, undo) to notes."""
+
+
+@contextmanager
+def transformed(
+    model: nn.Module,
+    names: Sequence[str],
+    ids_NT: Tensor,
+    stats: Mapping[str, LinearStats],
+    *,
+    config: TransformConfig = _DEFAULTS,
+) -> Iterator[list[str]]:
+    """The model under the transforms for the span of the block; then the same modules as before, however it ends.
+
+    Statistics describe the model as it was: calibrate anew inside the block before solving weights.
+
+    Args:
+        names: of `MAKERS`, in order.
+        ids_NT: token ids; the guard compares logits of the first `config.guard_sequences`.
+        stats: of the linears, for smooth.
+
+    Yields:
+        notes: what there is to say, such as a head that was tied.
+
+    Raises:
+        SchemeError: an unknown name, a transform that the architecture does not declare, or one that changed the
+            function. The model is as it was.
+    """
+    for name in names:
+        if name not in MAKERS:
+            raise SchemeError(f"transforms are {', '.join(MAKERS)}: found {name!r}.{nearest(name, MAKERS)}")
+    undo: Undo = []
+    try:
+        yield _apply_all(model, names, ids_NT, stats, config, undo)
+    finally:
+        restore(undo)
+
+
+def _apply_all(
+    model: nn.Module,
+    names: Sequence[str],
+    ids_NT: Tensor,
+    stats: Mapping[str, LinearStats],
+    config: TransformConfig,
+    undo: Undo,
+) -> list[str]:
+    notes = []
+    for name in names:
+        guard = Guard(model, ids_NT, num_sequences=config.guard_sequences, num_tokens=config.guard_tokens)
+        notes += [
+            f"{name}: {note}"
+            for note in guard.apply(name, partial(MAKERS[name], model, ids_NT, stats, config), undo)
+        ]
+    return notes
