@@ -1,0 +1,197 @@
+"""The cache of keys and values: what a decoder would read token by token, and no query knows of a later token.
+
+Letters: B sequences, M query heads, K key heads, T tokens, d channels.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from probes import attention
+from probes.attention import attention_sites
+from probes.maps import DifferentialMaps, MapRule
+from probes.sites import attention_layers
+from quantlab.layers.kv_cache import CachedHeads, round_by_channel
+from quantlab.schemes import Scheme, TensorSpec
+from tests.quantlab.test_site_schemes import MODELS, extremes, ids, logits_of, model_of, refused, under
+from tests.toys import toy_model
+
+SPECS = ("kv8", "kv4z", "kv2g8", "kv4u1", "kv4u16", "kv3g4u40", "kv4cu32", "kv2czu40", "kv4cu200")
+
+
+def spec_of(name: str) -> TensorSpec:
+    spec = Scheme.parse(name).cache
+    assert spec is not None
+    return spec
+
+
+def grid(x: Tensor, spec: TensorSpec) -> Tensor:
+    """A vector that shares one scale, rounded as the definition has it, in float32 as a cache would."""
+    x = x.float()
+    if spec.symmetric:
+        scale = x.abs().max() / (2 ** (spec.bits - 1) - 1)
+        return torch.round(x / scale).mul(scale).double()
+    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+    scale = (high - low) / (2**spec.bits - 1)
+    zero = torch.round(-low / scale)
+    codes = torch.round(x / scale).add(zero).clamp(0, 2**spec.bits - 1)
+    return codes.sub(zero).mul(scale).double()
+
+
+class Cache:
+    """Keys or values of one head as a decoder keeps them: a token is appended, and what can be stored is stored."""
+
+    def __init__(self, spec: TensorSpec, *, by_channel: bool) -> None:
+        self.spec, self.by_channel = spec, by_channel
+        self.exact: list[Tensor] = []
+        self.stored: list[Tensor] = []
+
+    def append(self, x_d: Tensor) -> None:
+        self.exact.append(x_d)
+        if not self.by_channel:
+            width = self.spec.group_size or len(x_d)
+            self.stored.append(torch.cat([grid(part, self.spec) for part in x_d.split(width)]))
+        elif len(self.exact) % 32 == 0:
+            group = torch.stack(self.exact[-32:])
+            rounded = torch.stack([grid(column, self.spec) for column in group.unbind(1)], 1)
+            self.stored += rounded.unbind(0)
+
+    def read(self) -> Tensor:
+        """[t, d]: all tokens so far, as the newest query reads them."""
+        past = max(0, len(self.exact) - (self.spec.window or 0))
+        return torch.stack(self.stored[:past] + self.exact[past:])
+
+
+def decode(q: Tensor, k: Tensor, v: Tensor, spec: TensorSpec, lambda_: float | None) -> Tensor:
+    """[B, T, H, d] of float64 queries [B, M, T, d], step by step; pairs of adjacent maps are joined with lambda."""
+    batch, maps, length, width = q.shape
+    joins = 1 if lambda_ is None else 2
+    out = torch.zeros(batch, length, maps // joins, v.shape[-1], dtype=torch.float64)
+    by_channel = spec.granularity == "channel"
+    for b in range(batch):
+        keys = [Cache(spec, by_channel=by_channel) for _ in range(k.shape[1])]
+        values = [Cache(spec, by_channel=False) for _ in range(v.shape[1])]
+        for t in range(length):
+            for caches, x in ((keys, k), (values, v)):
+                for head, cache in enumerate(caches):
+                    cache.append(x[b, head, t])
+            seen_keys, seen_values = ([cache.read() for cache in caches] for caches in (keys, values))
+            rows = [
+                torch.softmax(seen_keys[m * len(keys) // maps] @ q[b, m, t] / width**0.5, 0)
+                for m in range(maps)
+            ]
+            if lambda_ is not None:
+                rows = [rows[i] - lambda_ * rows[i + 1] for i in range(0, maps, 2)]
+            for h, row in enumerate(rows):
+                out[b, t, h] = row @ seen_values[h * len(values) // len(rows)]
+    return out
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("lambda_", [None, 0.7], ids=["softmax", "differential"])
+@pytest.mark.parametrize("block_size", [16, 96])
+def test_a_decoder_that_goes_step_by_step_reads_the_same(
+    name: str, lambda_: float | None, block_size: int
+) -> None:
+    """Both in float64; what differs is the order of sums of 75 terms, some 1e-14 of numbers of size 1."""
+    generator, spec = torch.Generator().manual_seed(0), spec_of(name)
+    q, k, v = (
+        torch.randn(2, heads, 75, 8, generator=generator, dtype=torch.float64) * size
+        for heads, size in ((4, 2.0), (2, 1.0), (2, 1.0))
+    )
+    expected = decode(q, k, v, spec, lambda_)
+    model = toy_model("llama")
+    rule = (
+        MapRule()
+        if lambda_ is None
+        else DifferentialMaps(
+            torch.tensor(lambda_, dtype=torch.float64), slice(0, None, 2), slice(1, None, 2)
+        )
+    )
+    layer: Any = attention_layers(model)[0][1]
+    layer.combines_maps = rule.combines
+    with attention_sites(model, block_size=block_size):
+        layer.attn_key, layer.attn_value = CachedHeads(spec, "keys"), CachedHeads(spec, "values")
+        out, _ = attention._attend(layer, q, k, v, None, maps=rule)
+    assert (out - expected).abs().max() <= 1e-13, f"{(out - expected).abs().max():.1e}"
+
+
+STATIC = ("kv4ts", "kv4hs", "kv4cs", "kv4tsu8")
+
+
+@pytest.mark.parametrize("name", [*SPECS, *STATIC])
+@pytest.mark.parametrize("variant", MODELS)
+def test_no_query_knows_of_a_later_token(variant: str, name: str) -> None:
+    if refused(variant, name):
+        return
+    model, tokens = model_of(variant), ids(1, 90)
+    stats = extremes(model, tokens) if Scheme.parse(name).cache.static else None  # type: ignore[union-attr]
+    with under(model, name, stats):
+        before = logits_of(model, tokens)
+        for changed in (1, 33, 64, 89):
+            other = tokens.clone()
+            other[0, changed:] = (other[0, changed:] + 7) % 512
+            after = logits_of(model, other)
+            assert torch.equal(after[:, :changed], before[:, :changed])
+            assert not torch.equal(after[:, changed:], before[:, changed:])
+
+
+def test_a_window_shorter_than_a_group_would_let_queries_know() -> None:
+    """Why `kv4cu16` is refused, and that the test above can fail."""
+    model, tokens = toy_model("llama", gain=3.0), ids(1, 90)
+    other = tokens.clone()
+    other[0, 60:] = (other[0, 60:] + 7) % 512
+    for window in (16, 31):
+        spec, outputs = TensorSpec(4, "channel", window=window), []
+        with attention_sites(model):
+            for _, layer in attention_layers(model):
+                layer.attn_key, layer.attn_value = CachedHeads(spec, "keys"), CachedHeads(spec, "values")
+            outputs = [logits_of(model, each)[:, :60] for each in (tokens, other)]
+        # With 31 a group's last token is the query's own; one less and it is a later one.
+        assert torch.equal(*outputs) == (window == 31)
+
+
+@pytest.mark.parametrize("variant", MODELS)
+def test_a_window_as_long_as_the_text_changes_no_bit(variant: str) -> None:
+    if refused(variant, "kv4u90"):
+        return
+    model, tokens = model_of(variant), ids(2, 90)
+    with attention_sites(model):
+        plain = logits_of(model, tokens)
+    with under(model, "kv4u90"):
+        assert torch.equal(logits_of(model, tokens), plain)
+    with under(model, "kv4u89"):
+        shorter = logits_of(model, tokens)
+    assert torch.equal(shorter[:, :89], plain[:, :89])
+    assert not torch.equal(shorter[:, 89], plain[:, 89])
+
+
+@pytest.mark.parametrize("variant", MODELS)
+@pytest.mark.parametrize("name", ["kv4u24", "kv4cu32", "kv8"])
+def test_block_size_changes_no_bit(variant: str, name: str) -> None:
+    if refused(variant, name):
+        return
+    model, tokens, outputs = model_of(variant), ids(2, 145), []
+    for block_size in (16, 48, 160):
+        with under(model, name, block_size=block_size):
+            outputs.append(logits_of(model, tokens))
+    assert torch.equal(outputs[0], outputs[2])
+    assert torch.equal(outputs[1], outputs[2])
+
+
+def test_keys_by_channel_count_from_the_first_token() -> None:
+    spec, generator = spec_of("kv4cu32"), torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 50, 4, generator=generator)
+    visible = torch.ones(2, 1, 50, 1, dtype=torch.bool)
+    whole = round_by_channel(x, visible[:1], spec)
+    for start, stop in ((0, 32), (32, 50)):
+        scale = x[:, :, start:stop].abs().amax(2, keepdim=True) / 7
+        assert torch.equal(whole[:, :, start:stop], (x[:, :, start:stop] / scale).round() * scale)
+    padded = torch.cat([torch.full((2, 3, 13, 4), 1e4), x], 2)
+    seen = torch.cat([torch.zeros(2, 1, 13, 1, dtype=torch.bool), visible], 2)
+    seen[1, :, :13] = True  # the second sequence has no padding: its groups start 13 tokens earlier
+    out = round_by_channel(padded, seen, spec)
+    assert torch.equal(out[0, :, 13:], whole[0])
+    assert not torch.equal(out[1, :, 13:], whole[1])
