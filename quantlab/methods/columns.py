@@ -8,7 +8,7 @@ whole vectors, so that its arithmetic, bit for bit, does not depend on which gri
 I: inputs, O: outputs, S: grids, B: channels of a block.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,10 +19,13 @@ LANES = 16
 """Float32 values of the widest vector; the number of outputs is padded to a multiple of it."""
 
 BlockGrid = tuple[Tensor, Tensor, Tensor]
-"""Scale, smallest and largest centred code of each weight of a block, [B, S, O]."""
+"""Scale, smallest and largest centred code of each weight of a block, [S, B, O]."""
 
 GridOf = Callable[[int, int, Tensor], BlockGrid]
 """The grid of channels start .. stop, given their targets as they are when the block begins, [S, B, O]."""
+
+_LEAF = 16
+"""Channels that are solved one by one; a longer block is cut in halves, with a matrix product between them."""
 
 
 def solve_columns(
@@ -34,18 +37,15 @@ def solve_columns(
         weight_IO: channels in the order in which they are solved; float32, or float64 to compute in it.
         upper_II: feedback in the same order.
     """
-    errors_SIO = weight_IO.new_zeros(num_grids, *weight_IO.shape)
+    errors_SIO = weight_IO.new_empty(num_grids, *weight_IO.shape)
     codes_SIO = torch.empty(errors_SIO.shape, dtype=torch.int16, device=weight_IO.device)
-    for start, stop in _blocks(len(weight_IO), block_size):
-        target_SBO = weight_IO[start:stop].repeat(num_grids, 1, 1)
-        for target_BO, errors_IO in zip(target_SBO, errors_SIO, strict=True):
-            target_BO.addmm_(upper_II[:start, start:stop].t(), errors_IO[:start])
-        grid = grid_of(start, stop, target_SBO)
-        upper_BB = upper_II[start:stop, start:stop]
-        errors_SBO = errors_SIO[:, start:stop]
-        codes_SIO[:, start:stop] = _solve_block(
-            weight_IO[start:stop], target_SBO.transpose(0, 1), upper_BB, grid, errors_SBO
-        )
+    for start in range(0, len(weight_IO), block_size):
+        here = slice(start, min(start + block_size, len(weight_IO)))
+        target_SBO = weight_IO[here].repeat(num_grids, 1, 1)
+        _feed(target_SBO, upper_II[:start, here], errors_SIO[:, :start])
+        grid = grid_of(start, here.stop, target_SBO)
+        _solve_block(weight_IO[here], target_SBO, upper_II[here, here], grid, errors_SIO[:, here])
+        codes_SIO[:, here] = target_SBO
     return codes_SIO
 
 
@@ -60,21 +60,36 @@ def fed_back(weight_BO: Tensor, target_BO: Tensor, upper_BB: Tensor) -> Tensor:
     return weight_BO + change_BO
 
 
-def _blocks(size: int, step: int) -> Iterator[tuple[int, int]]:
-    """start, stop of each block."""
-    return ((start, min(start + step, size)) for start in range(0, size, step))
+def _feed(target_SBO: Tensor, upper_JB: Tensor, errors_SJO: Tensor) -> None:
+    """Add to targets, in place, what the errors of earlier channels J ask of them; one product for each grid."""
+    if len(upper_JB):
+        for target_BO, errors_JO in zip(target_SBO, errors_SJO, strict=True):
+            target_BO.addmm_(upper_JB.t(), errors_JO)
 
 
 def _solve_block(
-    weight_BO: Tensor, target_BSO: Tensor, upper_BB: Tensor, grid: BlockGrid, errors_SBO: Tensor
-) -> Tensor:
-    """Round the channels of a block one by one; writes `errors_SBO`, spends `target_BSO`, returns codes [S, B, O]."""
-    codes_BSO = torch.empty_like(grid[0])
-    for k, (scale, low, high) in enumerate(zip(*grid, strict=True)):
-        codes = torch.div(target_BSO[k], scale, out=codes_BSO[k]).round_()
+    weight_BO: Tensor, target_SBO: Tensor, upper_BB: Tensor, grid: BlockGrid, errors_SBO: Tensor
+) -> None:
+    """Round a block of channels: turns targets into codes and fills `errors_SBO`, both in place."""
+    half = len(weight_BO) // 2
+    if 2 * half <= _LEAF:
+        return _solve_leaf(weight_BO, target_SBO, upper_BB, grid, errors_SBO)
+    for part in (slice(half), slice(half, None)):
+        if part.start:
+            _feed(target_SBO[:, half:], upper_BB[:half, half:], errors_SBO[:, :half])
+        scale, low, high = grid
+        rows = (scale[:, part], low[:, part], high[:, part])
+        _solve_block(weight_BO[part], target_SBO[:, part], upper_BB[part, part], rows, errors_SBO[:, part])
+
+
+def _solve_leaf(
+    weight_BO: Tensor, target_SBO: Tensor, upper_BB: Tensor, grid: BlockGrid, errors_SBO: Tensor
+) -> None:
+    """The same one by one: each channel adds its error to the targets of those after it."""
+    for k, (scale, low, high) in enumerate(zip(*(part.unbind(1) for part in grid), strict=True)):
+        codes = target_SBO[:, k].div_(scale).round_()
         torch.clamp(codes, low, high, out=codes)
         # The product as `dequantize` rounds it, also where the loop runs in float64.
         error = torch.sub(weight_BO[k], torch.mul(codes, scale).float(), out=errors_SBO[:, k])
         if k + 1 < len(weight_BO):
-            target_BSO[k + 1 :].addcmul_(upper_BB[k, k + 1 :, None, None], error)
-    return codes_BSO.transpose(0, 1)
+            target_SBO[:, k + 1 :].addcmul_(upper_BB[k, k + 1 :, None], error[:, None])

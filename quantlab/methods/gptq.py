@@ -100,49 +100,53 @@ def _solve_static(
     """Every spec in one pass: all ranges are known before it begins."""
     if not specs:
         return []
-    live = (without_dead(weight_OI, feedback.dead_I, spec) for spec in specs)
+    padded_OI = _padded(weight_OI)
+    live = (without_dead(padded_OI, feedback.dead_I, spec) for spec in specs)
     grids = [fit_grid(live_OI, spec, scale_dtype) for live_OI, spec in zip(live, specs, strict=True)]
-    weight_IO = _laid_out(weight_OI)
+    weight_IO = _laid_out(padded_OI, feedback)
 
     def grid_of(start: int, stop: int, target_SBO: Tensor) -> BlockGrid:
-        return stacked([grid.rows(feedback.order_I[start:stop]) for grid in grids], weight_IO)
+        return stacked(grids, feedback.order_I[start:stop], weight_IO.dtype)
 
     codes_SIO = _solve(weight_IO, feedback, grid_of, len(specs), block_size)
-    return [
-        grid.quantized(codes_IO[:, : len(weight_OI)]) for grid, codes_IO in zip(grids, codes_SIO, strict=True)
-    ]
+    return [grid.quantized(codes_IO, len(weight_OI)) for grid, codes_IO in zip(grids, codes_SIO, strict=True)]
 
 
 def _solve_dynamic(
     weight_OI: Tensor, spec: TensorSpec, feedback: Feedback, scale_dtype: torch.dtype
 ) -> QuantizedTensor:
     """One spec whose groups find their scales when their turn comes: a block is a group."""
+    assert spec.group_size is not None
     grids: list[Grid] = []
-    alone, num_outputs = replace(spec, granularity="channel", group_size=None), len(weight_OI)
-    weight_IO = _laid_out(weight_OI)
+    alone = replace(spec, granularity="channel", group_size=None)
+    weight_IO = _laid_out(_padded(weight_OI), feedback)
     upper_II = feedback.upper_II.to(weight_IO.dtype)
 
     def grid_of(start: int, stop: int, target_SBO: Tensor) -> BlockGrid:
         seen_BO = fed_back(weight_IO[start:stop], target_SBO[0], upper_II[start:stop, start:stop])
-        live_OB = without_dead(seen_BO[:, :num_outputs].t(), feedback.dead_I[start:stop], alone)
+        live_OB = without_dead(seen_BO.t(), feedback.dead_I[start:stop], alone)
         grids.append(fit_grid(live_OB, alone, scale_dtype))
-        return stacked([grids[-1].rows(feedback.order_I[start:stop])], weight_IO)
+        return stacked(grids[-1:], feedback.order_I[start:stop], weight_IO.dtype)
 
-    assert spec.group_size is not None
     (codes_IO,) = _solve(weight_IO, feedback, grid_of, 1, spec.group_size)
     scale_GO = torch.cat([grid.scale_GO for grid in grids])
     zero_point_GO = torch.cat([grid.zero_point_GO for grid in grids])
-    return Grid(spec, scale_GO, zero_point_GO).quantized(codes_IO[:, :num_outputs])
+    return Grid(spec, scale_GO, zero_point_GO).quantized(codes_IO, len(weight_OI))
 
 
 def _solve(weight_IO: Tensor, feedback: Feedback, grid_of: GridOf, num_grids: int, block_size: int) -> Tensor:
     """Centred codes [S, I, O] of channels in their own order."""
     upper_II = feedback.upper_II.to(weight_IO.dtype)
-    codes_SIO = solve_columns(weight_IO[feedback.order_I], upper_II, grid_of, num_grids, block_size)
+    codes_SIO = solve_columns(weight_IO, upper_II, grid_of, num_grids, block_size)
     return codes_SIO[:, feedback.order_I.argsort()]
 
 
-def _laid_out(weight_OI: Tensor) -> Tensor:
-    """The working copy [I, O], outputs padded to whole vectors; float64 where feedback could overflow float32."""
-    wide = weight_OI.double() if weight_OI.abs().max() > _LARGE else weight_OI
-    return pad(wide, (0, 0, 0, -len(weight_OI) % LANES)).t().contiguous()
+def _padded(weight_OI: Tensor) -> Tensor:
+    """Outputs filled up with zeros to whole vectors; they take code 0 and change no range."""
+    return pad(weight_OI, (0, 0, 0, -len(weight_OI) % LANES))
+
+
+def _laid_out(padded_OI: Tensor, feedback: Feedback) -> Tensor:
+    """The working copy [I, O] in the order of solving; float64 where feedback could overflow float32."""
+    wide = padded_OI.double() if padded_OI.abs().max() > _LARGE else padded_OI
+    return wide.t()[feedback.order_I].contiguous()

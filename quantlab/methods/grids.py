@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from quantlab.numerics.affine import QuantizedTensor, choose_qparams
 from quantlab.numerics.granularity import group_view, spanned_dims
@@ -34,22 +33,22 @@ class Grid:
 
     def rows(self, channels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scale, smallest and largest centred code of these input channels, each [len(channels), O]."""
-        qtype = QType.of_weights(self.spec)
-        size = self.spec.group_size
+        qtype, size = QType.of_weights(self.spec), self.spec.group_size
         group = torch.zeros_like(channels) if size is None else channels // size
         zero_point = self.zero_point_GO[group]
         return self.scale_GO[group], qtype.qmin - zero_point, qtype.qmax - zero_point
 
-    def quantized(self, centred_IO: Tensor) -> QuantizedTensor:
-        """The matrix whose centred codes these are."""
-        qtype = QType.of_weights(self.spec)
-        size = self.spec.group_size or len(centred_IO)
-        zero_point_GO = self.zero_point_GO.to(centred_IO.dtype)
-        codes_IO = (centred_IO.unflatten(0, (-1, size)) + zero_point_GO[:, None]).flatten(0, 1)
-        kept = 1 if self.spec.granularity == "tensor" else None
+    def quantized(self, centred_IO: Tensor, num_outputs: int) -> QuantizedTensor:
+        """The matrix of the first `num_outputs` outputs, the others being padding, that has these centred codes."""
+        qtype, size = QType.of_weights(self.spec), self.spec.group_size or len(centred_IO)
+        codes_IO = centred_IO
+        if not qtype.symmetric:
+            zero_point_GO = self.zero_point_GO.to(centred_IO.dtype)
+            codes_IO = (centred_IO.unflatten(0, (-1, size)) + zero_point_GO[:, None]).flatten(0, 1)
+        kept = 1 if self.spec.granularity == "tensor" else num_outputs
         scale, zero_point = (x.t()[:kept].contiguous() for x in (self.scale_GO, self.zero_point_GO))
         return QuantizedTensor(
-            codes_IO.t().to(qtype.dtype).contiguous(),
+            codes_IO.to(qtype.dtype).t()[:num_outputs].contiguous(),
             scale,
             None if qtype.symmetric else zero_point.to(torch.int32),
             qtype,
@@ -75,16 +74,15 @@ def fit_grid(weight_OI: Tensor, spec: TensorSpec, scale_dtype: torch.dtype) -> G
 
 def without_dead(weight_OI: Tensor, dead_I: Tensor, spec: TensorSpec) -> Tensor:
     """The weights that may widen a range: those of dead channels are 0, but where all that share a scale are dead."""
+    if not dead_I.any():
+        return weight_OI
     alone = dead_I.all() if spec.group_size is None else group_view(dead_I, spec).all(-1)
     silent_I = dead_I & ~alone.repeat_interleave(len(dead_I) // alone.numel())
     return weight_OI.masked_fill(silent_I, 0.0)
 
 
-def stacked(rows: list[tuple[Tensor, Tensor, Tensor]], weight_IO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`Grid.rows` of several grids side by side, [B, S, O] each, in the dtype and with the padding of the weights.
-
-    A padded output weighs 0 and has scale 1, so its code is 0 and its error 0.
-    """
-    padding = (0, weight_IO.shape[1] - rows[0][0].shape[1])
-    scale, low, high = (torch.stack(part, 1).to(weight_IO.dtype) for part in zip(*rows, strict=True))
-    return pad(scale, padding, value=1.0), pad(low, padding), pad(high, padding)
+def stacked(grids: list[Grid], channels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """`Grid.rows` of several grids, [S, len(channels), O] each."""
+    rows = zip(*(grid.rows(channels) for grid in grids), strict=True)
+    scale, low, high = (torch.stack(part).to(dtype) for part in rows)
+    return scale, low, high
