@@ -21,10 +21,10 @@ from quantlab.layers.kv_cache import CachedHeads
 from quantlab.layers.targets import parents_of
 from quantlab.numerics.static import Fixed, static_range
 from quantlab.schemes import Scheme, TensorSpec
+from quantlab.transforms.edit import Undo
 
 __all__ = [
     "FoundSite",
-    "Undo",
     "find_outputs",
     "find_sites",
     "replace_module",
@@ -42,10 +42,7 @@ _ALONE: dict[str, Callable[[TensorSpec], Scheme]] = {
     "attn_effective": lambda spec: Scheme(effective=spec),
 }
 """Site -> the scheme that quantizes it alone."""
-_WITHIN = {"attn_query": "queries", "attn_key": "keys", "attn_value": "values", "kv_cache": "cached keys"}
 
-Undo = list[tuple[nn.Module, str, nn.Module]]
-"""(parent, attribute, module that was there) of every swap, in order."""
 FoundSite = tuple[str, nn.Module, str, FakeQuant | CachedHeads]
 """(layer's dotted name, layer, site, what will stand there)."""
 
@@ -102,9 +99,8 @@ def _check_head_site(scheme: Scheme, name: str, layer: nn.Module, site: str, spe
     """Refuse what a layer's heads cannot have."""
     if site != "attn_value" and getattr(layer, "is_local", False):
         raise SchemeError(
-            f"{scheme.name} quantizes {_WITHIN[site]}, which meet queries in a product: {name} "
-            f"({type(layer).__name__}, potential=local) makes one number of each token instead. Quantize its logits "
-            "(l) or values (v)."
+            f"{scheme.name} quantizes queries or keys, which meet in a product: {name} ({type(layer).__name__}, "
+            "potential=local) makes one number of each token instead. Quantize its logits (l) or values (v)."
         )
     width = getattr(layer, "head_dim", None)
     if isinstance(width, int) and spec.group_size is not None and width % spec.group_size:
@@ -175,7 +171,7 @@ def swap_site(
     """Put what `find_sites` made in its place."""
     if undo is not None:
         undo.append((layer, site, layer.get_submodule(site)))
-    setattr(layer, site, quantizer.train(layer.training))
+    setattr(layer, site, quantizer.train(layer.training).to(next(layer.parameters()).device))
     alone = "kv_cache" if isinstance(quantizer, CachedHeads) else site
     what = _ALONE[alone](quantizer.spec).name
     return Change(f"{prefix}.{site}", "swapped", what, quantizer.spec.bits, 0, "simulated")

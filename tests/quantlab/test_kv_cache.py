@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from probes import attention
 from probes.attention import attention_sites
@@ -179,6 +180,20 @@ def test_block_size_changes_no_bit(variant: str, name: str) -> None:
             outputs.append(logits_of(model, tokens))
     assert torch.equal(outputs[0], outputs[2])
     assert torch.equal(outputs[1], outputs[2])
+
+
+@pytest.mark.parametrize("name", ["kv8", "kv4u16", "kv4cu32", "kv4z"])
+@pytest.mark.parametrize("family", ["llama", "diffllama", "diff_v1", "diff_v2"])
+def test_generation_with_a_cache_reads_what_one_pass_reads(family: str, name: str) -> None:
+    """transformers' cache keeps what it was given; the sites round what is read of it, at every step alike."""
+    model, tokens = model_of(family), ids(1, 75)
+    with under(model, name), torch.no_grad():
+        whole = logits_of(model, tokens)
+        cache, pieces = DynamicCache(config=model.config), []
+        for start, stop in ((0, 40), (40, 41), (41, 70), (70, 71), (71, 75)):
+            pieces.append(model(tokens[:, start:stop], past_key_values=cache).logits)
+    # The order of float sums differs with the number of queries; a flipped code would be far above this.
+    assert torch.allclose(torch.cat(pieces, 1), whole, atol=2e-4)
 
 
 def test_keys_by_channel_count_from_the_first_token() -> None:

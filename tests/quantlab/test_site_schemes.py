@@ -13,6 +13,7 @@ from probes.attention import attention_sites
 from probes.hooks import watch
 from probes.sites import attention_layers, map_of_head
 from quantlab.attention.variants import VARIANTS
+from quantlab.calibration.collect import calibrate
 from quantlab.calibration.statistics import AttentionStats, Ranges
 from quantlab.errors import CalibrationError, SchemeError
 from quantlab.layers.fake_quant import FakeQuant
@@ -270,6 +271,18 @@ def test_static_ranges(family: str, grain: str, name: str) -> None:
         ):
             logits_of(model, tokens)
         assert torch.equal(found[0], seen_under(model, f"q8{grain}", "attn_query")[1])
+
+
+@pytest.mark.parametrize("family", ["llama", "diffllama", "diff_v1", "gemma2"])
+def test_calibration_gives_the_ranges_of_these_sites(family: str) -> None:
+    model, tokens = model_of(family), ids(3)
+    by_hand, found = extremes(model, tokens), calibrate(model, tokens).attention
+    assert list(found) == list(by_hand) == [name for name, _ in attention_layers(model)]
+    for name, stats in by_hand.items():
+        for which in ("query", "key", "value"):
+            ours, theirs = getattr(stats, which), getattr(found[name], which)
+            assert torch.allclose(ours.minimum_HC, theirs.minimum_HC, atol=1e-4)
+            assert torch.allclose(ours.maximum_HC, theirs.maximum_HC, atol=1e-4)
 
 
 def test_static_ranges_that_calibration_did_not_give() -> None:
