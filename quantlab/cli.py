@@ -241,6 +241,45 @@ def quantize(
 
 
 @app.command()
+def calibrate(
+    model: options.Model,
+    check: Annotated[bool, typer.Option("--check", help="Is this text enough? Stores nothing.")] = False,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text file [held-out text of our pair].")] = None,
+    sequence_length: options.SequenceLength = None,
+    num_sequences: options.NumSequences = None,
+    sampling: Annotated[str | None, typer.Option(help="first, or draw (seeded).")] = None,
+    seed: options.Seed = None,
+    stream: Annotated[
+        bool | None, typer.Option("--stream", help="Read weights a layer at a time [where memory is short].")
+    ] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = None,
+    set_: options.Set = None,
+    json_: options.Json = False,
+) -> None:
+    """Statistics of activations for the methods that need them, stored once; or a check of the text."""
+    from quantlab.calibration import tables
+
+    blocks = options.given(
+        path=text, sequence_length=sequence_length, num_sequences=num_sequences, sampling=sampling, seed=seed
+    )
+    config = options.build(
+        [options.checkpoint(model, device, dtype, revision, trust_remote_code)],
+        {"calibration": {"text": blocks} | options.given(stream=stream)},
+        None,
+        set_,
+    )
+    from quantlab.calibration.job import calibrate_checkpoint, check_checkpoint
+    from quantlab.progress import counted
+
+    with counted("checking" if check else "calibrating") as advance:
+        result = (check_checkpoint if check else calibrate_checkpoint)(config, advance)
+    _show(json_, result, lambda: (tables.check_table if check else tables.calibration_table)(result))
+
+
+@app.command()
 def corpus(config_file: options.Training, set_: options.Set = None, json_: options.Json = False) -> None:
     """Token files and a tokenizer from the texts that a training names; `quantlab train` does it by itself."""
     from quantlab.train.config import load_train_config

@@ -67,6 +67,34 @@ class TextConfig(Section):
         return str(value) if isinstance(value, Path) else value
 
 
+class CalibrationText(TextConfig):
+    """The text of a calibration: not one that models are scored on."""
+
+    path: str | None = "package://quantlab/checkpoints/pair/held_out.txt"
+    """UTF-8 text file, or `package://NAME/FILE` for one that an installed Python package carries; null means the
+    WikiText-2 raw test split that ships with quantlab, which perplexity is measured on."""
+    num_sequences: int | None = Field(128, ge=1)
+    """Blocks used; none means all of them."""
+    sampling: Literal["first", "draw"] = "draw"
+    """The first blocks of the text, or a seeded draw among all of them."""
+
+
+class CalibrationConfig(Section):
+    """Statistics of activations, collected once and shared by every method."""
+
+    text: CalibrationText = CalibrationText()
+    """The text that is read."""
+    accumulate: Literal["float32", "float64"] = "float32"
+    """Dtype in which products of activations are summed."""
+    batch_size: int = Field(8, ge=1)
+    """Sequences in a forward pass of a layer; changes speed and memory, and results by rounding only."""
+    stream: bool | None = None
+    """Read weights a layer at a time instead of holding the model in memory; none means where it takes more than half
+    of the memory that is free."""
+    cache: Path | None = None
+    """Folder of stored calibrations; none means `runs/calibration`."""
+
+
 class ProfileConfig(Section):
     """Outlier statistics of one pass over a text."""
 
@@ -232,6 +260,8 @@ class RunConfig(Section):
     """Scheme names; the 16-bit baseline is always scored."""
     profile: ProfileConfig | None = ProfileConfig()
     """Outlier profile of every checkpoint; null leaves it out."""
+    calibration: CalibrationConfig = CalibrationConfig()
+    """Statistics of activations for the methods that need them."""
     evaluation: EvaluationConfig | None = EvaluationConfig()
     """Scores of every checkpoint and scheme; null leaves them out."""
     quantize: QuantizeConfig = QuantizeConfig()
@@ -288,8 +318,9 @@ class RunConfig(Section):
 
     def recorded(self) -> dict[str, Any]:
         """The configuration as records hold it: without where results go, who computes them and how many at a time."""
-        elsewhere = {"name": True, "out": True, "sweep": True, "export": True}
-        return self.model_dump(mode="json", exclude=elsewhere | {"evaluation": {"batch_size"}})
+        elsewhere: dict[str, Any] = {"name": True, "out": True, "sweep": True, "export": True}
+        how = {"evaluation": {"batch_size"}, "calibration": {"batch_size", "stream", "cache"}}
+        return self.model_dump(mode="json", exclude=elsewhere | how)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
