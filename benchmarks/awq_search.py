@@ -1,11 +1,11 @@
 """AWQ's search of scales from X^T X, against a forward pass for each grid point. One thread.
 
-    python benchmarks/awq_search.py [--tokens 16384] [--rounds 3] [--steps 20] [--scheme w4g64]
+    python benchmarks/awq_search.py [--tokens 16384] [--rounds 3] [--steps 20] [--scheme w4g64] [--only down]
 
 The forward way is AutoAWQ's: each grid point quantizes the scaled weights, runs them on the calibration tokens, and
 compares with the outputs of the 16-bit weights, which are computed once, outside the timed part. Both sides take the
-same candidates and the same rounding, in float32. They alternate, and CPU time of the best round counts: other
-processes then cost neither side. X^T X serves every method, bit width and group size; its cost is a column of its own,
+same candidates (the first family of scales) and the same rounding, in float32. They alternate, and CPU time of the
+best round counts: other processes then cost neither side. X^T X serves every method, bit width and group size; its cost is a column of its own,
 and "with X^T X" is the ratio where a single search must pay for all of it. Inputs are correlated and some channels are
 large; "loss" is the largest relative difference over the grid, "alpha" the two choices.
 """
@@ -79,7 +79,7 @@ def compare(outputs: tuple[int, ...], inputs: int, spec: TensorSpec, options: ar
     x_TI = torch.randn(options.tokens, inputs, generator=generator) @ mixing
     weights = [torch.randn(rows, inputs, generator=generator) * 0.02 for rows in outputs]
     truths = [x_TI @ weight.T for weight in weights]
-    candidates = candidate_scales(gram(x_TI), options.steps)
+    candidates = candidate_scales(weights, spec, gram(x_TI), options.steps)[: options.steps]
     times = []
     for _ in range(options.rounds):
         forward_s, theirs = cpu_seconds(forward_errors, weights, spec, x_TI, truths, candidates)
@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--scheme", default="w4g64")
+    parser.add_argument("--only", default="", help="part of a row's name")
     options = parser.parse_args()
     torch.set_num_threads(1)
     spec = Scheme.parse(options.scheme).weights
@@ -115,6 +116,8 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|"
     )
     for name, (outputs, inputs) in LAYERS.items():
+        if options.only not in name:
+            continue
         shape = f"{'+'.join(map(str, outputs))} x {inputs}"
         print(f"| {name}: {shape} | {compare(outputs, inputs, spec, options)} |", flush=True)  # noqa: T201
 

@@ -2,13 +2,16 @@
 
 Linears with one input x compute W x = (W s)(x / s). The scales s are folded into what makes x (see `transforms`), and
 
-    s_alpha = rms(x)^alpha / sqrt(max * min of it),   alpha = 0, 1/n, ..., (n-1)/n
-    alpha*  = argmin sum over linears of tr(D G D^T) / tokens,   D = Q(W s) / s - W,   G = X^T X
+    s = rms(x)^alpha                            alpha = 0, 1/n, ..., (n-1)/n
+    s = rms(x)^alpha / mean|w|^(1-alpha)        the same alphas; |w| of a group over its largest, mean over outputs
+    each over sqrt(max * min of it), and of these 2 n the least of
+    sum over linears of tr(D G D^T),            D = Q(W s) / s - W,   G = X^T X
 
 tr(D G D^T) is the squared error of the outputs on the calibration text, so no grid point runs the layer: it costs
-2 O I^2 operations and not 2 tokens O I. Ranges of the scaled weights are then shrunk, group by group, where that
-lowers d G_gg d^T, the output error of that group alone. Paper and AutoAWQ take the mean of |x| for rms(x).
-Source: Lin et al. 2023, arXiv:2306.00978, sections 3.2 and A; AutoAWQ for the grid.
+O I^2 operations and not 2 tokens O I. Ranges of the scaled weights are then shrunk, group by group, where that
+lowers d G_gg d^T, the output error of that group alone. Paper and AutoAWQ take the mean of |x| for rms(x), and one of
+the two families: the first is the paper's, the second AutoAWQ's `duo_scaling`.
+Source: Lin et al. 2023, arXiv:2306.00978, section 3.2; AutoAWQ for the grid and the second family.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,13 +26,16 @@ from quantlab.methods.needs import unit_gram
 from quantlab.methods.rtn import quantize_weight
 from quantlab.methods.solved import Solved
 from quantlab.numerics.affine import QuantizedTensor, choose_qparams, fake_quantize
+from quantlab.numerics.granularity import group_view
 from quantlab.numerics.ranges import search_clip
 from quantlab.schemes import TensorSpec
 
 __all__ = ["candidate_scales", "clip_weight", "output_errors", "quantize_weights", "search_scales"]
 
 _SMALLEST = 1e-4
-"""Least rms of a channel over the largest one's: a dead channel's scale stays positive, all within 1e-2 .. 1e2."""
+"""Least rms of a channel over the largest one's: a dead channel's scale stays positive, and scales stay near 1."""
+_BLOCK = 256
+"""Columns of X^T X that are multiplied at a time."""
 
 
 def quantize_weights(
@@ -75,21 +81,36 @@ def search_scales(
         SchemeError: as `rtn.quantize_weight`; no statistics, or statistics that are not finite.
     """
     gram_II, _ = unit_gram("awq", weights[0], stats)
-    candidates_AI = candidate_scales(gram_II, config.awq.num_steps)
+    candidates_AI = candidate_scales(weights, spec, gram_II, config.awq.num_steps)
     errors = output_errors(weights, spec, gram_II, candidates_AI, scale_dtype=scale_dtype)
     return candidates_AI[min(range(len(errors)), key=errors.__getitem__)]
 
 
-def candidate_scales(gram_II: Tensor, num_steps: int) -> Tensor:
-    """rms^alpha for each alpha of the grid, over sqrt(max * min) of it, [num_steps, I] float32; the first are ones."""
+def candidate_scales(weights: Sequence[Tensor], spec: TensorSpec, gram_II: Tensor, num_steps: int) -> Tensor:
+    """Both families of scales on the grid of alphas, [2 num_steps, I] float32; the first are ones.
+
+    Where no input was seen, ones are all.
+    """
     rms_I = gram_II.diagonal().double().sqrt()
     largest = rms_I.max()
     if largest <= 0:
         return torch.ones(1, len(gram_II), device=gram_II.device)
-    alphas = torch.arange(num_steps, dtype=torch.float64, device=gram_II.device) / num_steps
-    scales_AI = (rms_I / largest).clamp(min=_SMALLEST) ** alphas.unsqueeze(-1)
+    rms_I = (rms_I / largest).clamp(min=_SMALLEST)
+    alphas = torch.arange(num_steps, dtype=torch.float64, device=gram_II.device).unsqueeze(-1) / num_steps
+    plain_AI = rms_I**alphas
+    scales_AI = torch.cat([plain_AI, plain_AI / _relative_weights(weights, spec).double() ** (1 - alphas)])
     low, high = scales_AI.aminmax(dim=-1, keepdim=True)
     return (scales_AI / (low * high).sqrt()).float()
+
+
+def _relative_weights(weights: Sequence[Tensor], spec: TensorSpec) -> Tensor:
+    """Mean over the outputs of all linears of |w| over the largest of its group, or of its row; at least 1e-4, [I]."""
+    sizes = torch.cat([weight.detach().float() for weight in weights]).abs()
+    groups = group_view(sizes, spec)
+    # A group of zeros is 0 / 1.
+    largest = groups.amax(-1, keepdim=True)
+    relative = groups / torch.where(largest > 0, largest, 1.0)
+    return relative.reshape(sizes.shape).mean(0).clamp(min=_SMALLEST)
 
 
 def output_errors(
@@ -104,21 +125,32 @@ def output_errors(
 
     The products are float32 (float64 where gram_II is), their sum float64.
     """
+    # G is symmetric: its upper half, what lies off the diagonal twice, gives the same sum for half the products.
+    half_II = gram_II.triu() + gram_II.triu(1)
     return [
-        sum(_output_error(weight, spec, gram_II, scales_I, scale_dtype) for weight in weights)
+        sum(_quadratic_sum(_residual(weight, spec, scales_I, scale_dtype), half_II) for weight in weights)
         for scales_I in candidates_AI
     ]
 
 
-def _output_error(
-    weight_OI: Tensor, spec: TensorSpec, gram_II: Tensor, scales_I: Tensor, scale_dtype: torch.dtype
-) -> float:
+def _residual(weight_OI: Tensor, spec: TensorSpec, scales_I: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """Q(W s) / s - W, float32."""
     weight_OI = weight_OI.detach().float()
     groups = grouped(weight_OI * scales_I, spec)
     scale, zero_point = choose_qparams(groups.low, groups.high, groups.qtype, scale_dtype)
     rounded = fake_quantize(groups.view, scale, zero_point, groups.qtype).reshape(weight_OI.shape)
-    residual_OI = rounded.div_(scales_I).sub_(weight_OI).to(gram_II.dtype)
-    return float((residual_OI @ gram_II).mul_(residual_OI).sum(dtype=torch.float64))
+    return rounded.div_(scales_I).sub_(weight_OI)
+
+
+def _quadratic_sum(residual_OI: Tensor, half_II: Tensor) -> float:
+    """Sum over outputs of d H d^T for an upper triangular H; its lower half is not multiplied, block by block."""
+    residual_OI = residual_OI.to(half_II.dtype)
+    total = 0.0
+    for start in range(0, len(half_II), _BLOCK):
+        end = start + _BLOCK
+        products = residual_OI[:, :end] @ half_II[:end, start:end]
+        total += float(products.mul_(residual_OI[:, start:end]).sum(dtype=torch.float64))
+    return total
 
 
 def clip_weight(

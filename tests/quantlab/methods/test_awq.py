@@ -32,7 +32,7 @@ def test_errors_are_those_of_outputs_on_the_calibration_text(
 ) -> None:
     weights, x = [heavy_tailed(), heavy_tailed(8, seed=3)], inputs_of()
     gram_II = stats_of(x).gram_II
-    candidates = awq.candidate_scales(gram_II, 5)
+    candidates = awq.candidate_scales(weights, spec, gram_II, 5)
     found = awq.output_errors(weights, spec, gram_II, candidates, scale_dtype=scale_dtype)
     for scales, error in zip(candidates, found, strict=True):
         direct = sum(
@@ -44,7 +44,7 @@ def test_errors_are_those_of_outputs_on_the_calibration_text(
 
 def test_float32_products_lose_only_rounding() -> None:
     weight, spec, gram_II = heavy_tailed(), TensorSpec(4, "group", 16), stats_of(inputs_of()).gram_II
-    candidates = awq.candidate_scales(gram_II, 20)
+    candidates = awq.candidate_scales([weight], spec, gram_II, 20)
     exact = awq.output_errors([weight], spec, gram_II, candidates)
     single = awq.output_errors([weight], spec, gram_II.float(), candidates)
     residuals = [(restored(weight, spec, s, torch.float32) - weight).abs().double() for s in candidates]
@@ -53,20 +53,26 @@ def test_float32_products_lose_only_rounding() -> None:
         assert abs(one - other) <= 66 * U * float((residual @ gram_II.abs() * residual).sum())
 
 
-def test_the_grid_is_that_of_the_powers_of_rms() -> None:
-    x = inputs_of()
-    candidates = awq.candidate_scales(stats_of(x).gram_II, 20)
+def test_the_grid_is_powers_of_rms_and_of_relative_weights() -> None:
+    weights, x, spec = [heavy_tailed(), heavy_tailed(8, seed=3)], inputs_of(), TensorSpec(4, "group", 16)
+    candidates = awq.candidate_scales(weights, spec, stats_of(x).gram_II, 20)
     rms = x.double().square().mean(0).sqrt()
+    groups = torch.cat(weights).double().abs().unflatten(-1, (4, 16))
+    relative = (groups / groups.amax(-1, keepdim=True)).flatten(-2).mean(0)
     live = rms > 0
-    assert candidates.shape == (20, 64) and (candidates[0] == 1).all()
+    assert candidates.shape == (40, 64) and (candidates[0] == 1).all()
     for i, scales in enumerate(candidates.double()):
-        ratio = scales[live] / rms[live] ** (i / 20)
+        alpha = i % 20 / 20
+        expected = rms**alpha if i < 20 else rms**alpha / relative ** (1 - alpha)
+        ratio = scales[live] / expected[live]
         assert (ratio / ratio[0] - 1).abs().max() < 1e-5
         assert float(scales.max() * scales.min()) == pytest.approx(1, rel=1e-6)
 
 
 def test_a_dead_channel_bounds_no_scale() -> None:
-    candidates = awq.candidate_scales(stats_of(inputs_of()).gram_II, 20)
+    weight = heavy_tailed()
+    weight[:, 9] = 0.0
+    candidates = awq.candidate_scales([weight], TensorSpec(4, "channel"), stats_of(inputs_of()).gram_II, 20)
     assert candidates.min() >= 0.0099 and candidates.max() <= 101
 
 
@@ -74,7 +80,7 @@ def test_a_dead_channel_bounds_no_scale() -> None:
 def test_scales_are_the_best_of_the_grid_and_never_worse_than_none(spec: TensorSpec) -> None:
     weights, stats = [heavy_tailed(), heavy_tailed(8, seed=3)], stats_of(inputs_of())
     scales = awq.search_scales(weights, spec, stats)
-    candidates = awq.candidate_scales(stats.gram_II, 20)
+    candidates = awq.candidate_scales(weights, spec, stats.gram_II, 20)
     errors = awq.output_errors(weights, spec, stats.gram_II, candidates)
     (mine,) = awq.output_errors(weights, spec, stats.gram_II, scales.unsqueeze(0))
     assert mine <= min(errors) * (1 + 1e-5) and mine <= errors[0]
@@ -92,9 +98,10 @@ def test_a_salient_channel_is_scaled_up() -> None:
     assert int(scales.argmax()) == 7 and scales[7] > 2 * scales.median()
 
 
-def test_alike_inputs_are_left_alone() -> None:
-    x = torch.eye(64).repeat(4, 1)
-    assert (awq.search_scales([heavy_tailed()], TensorSpec(3, "group", 16), stats_of(x)) == 1).all()
+def test_alike_inputs_leave_only_the_weights_to_go_by() -> None:
+    weight, spec = heavy_tailed(), TensorSpec(3, "group", 16)
+    candidates = awq.candidate_scales([weight], spec, torch.eye(64) * 4, 20)
+    assert (candidates[:20] == 1).all() and not (candidates[20:39] == 1).all()
 
 
 def test_no_token_means_no_scales() -> None:
@@ -103,12 +110,20 @@ def test_no_token_means_no_scales() -> None:
 
 
 def test_the_number_of_steps_is_a_setting() -> None:
+    weight, spec, stats = heavy_tailed(), TensorSpec(3, "group", 16), stats_of(inputs_of())
     config = MethodConfig(awq=AwqConfig(num_steps=2))
-    scales = awq.search_scales(
-        [heavy_tailed()], TensorSpec(3, "group", 16), stats_of(inputs_of()), config=config
+    scales = awq.search_scales([weight], spec, stats, config=config)
+    four = awq.candidate_scales([weight], spec, stats.gram_II, 2)
+    assert any(torch.allclose(scales, one) for one in four)
+    assert not torch.allclose(scales, awq.search_scales([weight], spec, stats))
+
+
+def test_blocks_of_the_triangle_make_the_whole() -> None:
+    weight, x, spec = heavy_tailed(4, 600), inputs_of(50, 600), TensorSpec(4, "channel")
+    (found,) = awq.output_errors([weight], spec, stats_of(x).gram_II, torch.ones(1, 600))
+    assert found == pytest.approx(
+        output_error(x, weight, quantize_weight(weight, spec).dequantize()), rel=1e-6
     )
-    pair = awq.candidate_scales(stats_of(inputs_of()).gram_II, 2)
-    assert torch.allclose(scales, pair[1])
 
 
 @pytest.mark.parametrize("scale_dtype", DTYPES)
