@@ -44,6 +44,6 @@ def _quantize(weight_OI: Tensor, name: str, format_name: str, values: Tensor) ->
     blocks = blocks_of(weight_OI, BLOCK_SIZE, name, format_name)
     absmax = blocks.abs().amax(-1)
     # A product with the inverse, not a quotient: near a midpoint the two round to different codes.
-    units = (blocks * (1.0 / absmax.clamp(min=_SMALLEST)).unsqueeze(-1)).clamp_(-1, 1)
+    units = blocks * (1.0 / absmax.clamp(min=_SMALLEST)).unsqueeze(-1)
     codes = nearest_codes(units, values).flatten(-2)
     return CodebookTensor(codes, absmax, values.to(absmax.device), bits=4, scale_bits=32)

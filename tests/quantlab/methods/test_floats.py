@@ -140,6 +140,13 @@ def test_fp8_scale_must_fit_its_dtype() -> None:
         fp8(torch.full((2, 8), 1e38), "a.b", scale_dtype=torch.float16)
 
 
+def test_fp8_scale_that_would_vanish_is_the_smallest_of_its_dtype() -> None:
+    weight_OI = torch.tensor([[2.0**-24, -(2.0**-27)], [0.0, 0.0]])
+    ours = fp8(weight_OI, "w", scale_dtype=torch.float16)
+    assert ours.scale.tolist() == [[2.0**-24], [1.0]]
+    assert torch.equal(ours.dequantize(), weight_OI)
+
+
 @pytest.mark.parametrize("name", POWER_OF_TWO)
 @pytest.mark.parametrize("magnitude", [1e-45, 1e-40, 1e-37, 0.02, 1.0, 7.9, 8.0, 1e38, 3.4e38])
 def test_mx_follows_the_standard(name: str, magnitude: float) -> None:
@@ -197,6 +204,14 @@ def test_nvfp4_keeps_a_small_block_beside_a_large_one() -> None:
     weight_OI[0, 16:] = 2.0**-21
     # Now the scale would round to 0: 2^-21 is 0.66 of the smallest one, which code 0.5 stands for.
     assert (nvfp4(weight_OI, "w").codes[0, 16:] == 1).all()
+
+
+@pytest.mark.parametrize("magnitude", [1e-45, 1e-41, 1e-38, 1e-36])
+def test_nvfp4_scales_of_tiny_matrices_are_exact(magnitude: float) -> None:
+    scale = nvfp4(normal(6) * magnitude, "w").scale
+    # The matrix's own scale is held at 2^-126, and E4M3 numbers are multiples of 2^-9, as 2^-126 is of 2^-149.
+    of_block = scale.double() / 2.0**-126
+    assert torch.equal(of_block, of_block.to(torch.float8_e4m3fn).double()) and (of_block >= 2.0**-9).all()
 
 
 @pytest.mark.parametrize("magnitude", [1e-45, 1e-38, 1e-34, 1.0, 1e38, 3.4e38])
