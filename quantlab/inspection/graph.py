@@ -97,6 +97,8 @@ class Graph:
     layers: str
     norms: tuple[Norm, ...]
     links: tuple[Link, ...] = ()
+    down: str = "mlp.down_proj"
+    """The linear that ends the FFN, whose inputs may be rotated as they arrive."""
     values: Values | None = None
     residual: Residual | None = None
     unrotated: str = ""
@@ -119,7 +121,7 @@ def _llama(*attention_readers: str) -> Graph:
         Norm("input_layernorm", (*_QKV, *attention_readers)),
         Norm("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     )
-    return Graph("model.layers", norms, _GATED, _VALUES, _RESIDUAL)
+    return Graph("model.layers", norms, _GATED, values=_VALUES, residual=_RESIDUAL)
 
 
 _LLAMA = _llama()
@@ -153,6 +155,7 @@ GRAPHS: dict[str, Graph] = {
     "gpt2": Graph(
         "transformer.h",
         (Norm("ln_1", ("attn.c_attn",)), Norm("ln_2", ("mlp.c_fc",))),
+        down="mlp.c_proj",
         values=Values("attn.c_attn", "attn.c_proj", "last_values"),
         unrotated=_LAYER_NORM,
         needs=(("add_cross_attention", False),),
@@ -163,12 +166,14 @@ GRAPHS: dict[str, Graph] = {
             Norm("input_layernorm", ("attention.query_key_value",)),
             Norm("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
         ),
+        down="mlp.dense_4h_to_h",
         values=Values("attention.query_key_value", "attention.dense", "within_heads"),
         unrotated=_LAYER_NORM,
     ),
     "opt": Graph(
         "model.decoder.layers",
         (Norm("self_attn_layer_norm", _QKV), Norm("final_layer_norm", ("fc1",))),
+        down="fc2",
         values=Values("self_attn.v_proj", "self_attn.out_proj"),
         unrotated=_LAYER_NORM,
         needs=(("do_layer_norm_before", True), ("layer_norm_elementwise_affine", True)),

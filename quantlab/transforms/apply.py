@@ -17,9 +17,10 @@ from quantlab.transforms.config import TransformConfig
 from quantlab.transforms.edit import Undo, restore
 from quantlab.transforms.fold import fold_
 from quantlab.transforms.guard import Guard
+from quantlab.transforms.rotate import rotate_
 from quantlab.transforms.smooth import smooth_
 
-__all__ = ["MAKERS", "transformed"]
+__all__ = ["MAKERS", "guard_of", "transform_", "transformed"]
 
 _DEFAULTS = TransformConfig()
 Maker = Callable[[nn.Module, Tensor, Mapping[str, LinearStats], TransformConfig, Undo], list[str]]
@@ -27,6 +28,9 @@ Maker = Callable[[nn.Module, Tensor, Mapping[str, LinearStats], TransformConfig,
 MAKERS: dict[str, Maker] = {
     "fold": lambda model, ids, stats, config, undo: fold_(model, undo),
     "smooth": lambda model, ids, stats, config, undo: smooth_(model, stats, undo, config.smooth_alpha),
+    "rotate": lambda model, ids, stats, config, undo: rotate_(
+        model, undo, seed=config.rotate_seed, parts=config.rotate_parts
+    ),
 }
 """Name in a scheme -> what makes the transform: (model, ids_NT, stats, config, undo) to notes."""
 
@@ -74,11 +78,22 @@ def _apply_all(
     config: TransformConfig,
     undo: Undo,
 ) -> list[str]:
-    notes = []
-    for name in names:
-        guard = Guard(model, ids_NT, num_sequences=config.guard_sequences, num_tokens=config.guard_tokens)
-        notes += [
-            f"{name}: {note}"
-            for note in guard.apply(name, partial(MAKERS[name], model, ids_NT, stats, config), undo)
-        ]
-    return notes
+    return [note for name in names for note in transform_(model, name, ids_NT, stats, config, undo)]
+
+
+def transform_(
+    model: nn.Module,
+    name: str,
+    ids_NT: Tensor,
+    stats: Mapping[str, LinearStats],
+    config: TransformConfig,
+    undo: Undo,
+) -> list[str]:
+    """Make one transform, proved by the guard; what it replaced is noted in `undo`. Arguments are `transformed`'s."""
+    change = partial(MAKERS[name], model, ids_NT, stats, config)
+    return [f"{name}: {note}" for note in guard_of(model, ids_NT, config).apply(name, change, undo)]
+
+
+def guard_of(model: nn.Module, ids_NT: Tensor, config: TransformConfig) -> Guard:
+    """A guard that remembers the model as it is now."""
+    return Guard(model, ids_NT, num_sequences=config.guard_sequences, num_tokens=config.guard_tokens)

@@ -1,5 +1,7 @@
 """Settings of the transforms; defaults live here and nowhere else."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from quantlab.sections import Section
@@ -12,6 +14,11 @@ class TransformConfig(Section):
 
     smooth_alpha: float = Field(0.5, ge=0, le=1)
     """How far outliers move from activations to weights: 0 not at all, 1 entirely."""
+    rotate_parts: tuple[Literal["residual", "values", "down"], ...] = ("residual", "values", "down")
+    """What is rotated: the residual stream and value heads, within the weights; inputs of the FFN's last linear, as
+    they arrive."""
+    rotate_seed: int = Field(0, ge=0)
+    """Seed of the rotations' random signs."""
     guard_sequences: int = Field(2, ge=1)
     """Sequences on which the logits before and after a transform are compared."""
     guard_tokens: int = Field(256, ge=1)

@@ -14,21 +14,51 @@ Letters: n size; factors multiply to it.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["apply_factors", "dense", "factors_of", "hadamard_order", "random_orthogonal", "random_rotation"]
+__all__ = [
+    "Rotation",
+    "apply_factors",
+    "dense",
+    "factors_of",
+    "hadamard_order",
+    "random_orthogonal",
+    "random_rotation",
+]
 
+_LARGEST_ORDER = 512
+"""Of the factor that is no power of two: applying it costs its size for each channel."""
 _LARGEST = 64
 """Powers of two are split into factors of at most this size, so that applying them costs little."""
 
 
-def random_rotation(size: int, generator: torch.Generator) -> Tensor:
-    """[n, n], float64, orthogonal: random signs, then a Hadamard transform."""
+@dataclass(frozen=True)
+class Rotation:
+    """Signs, then the Kronecker product of orthogonal factors: x -> (x * signs) @ (F_1 (x) F_2 (x) ...)."""
+
+    signs: Tensor
+    """[n], float64."""
+    factors: tuple[Tensor, ...]
+    """float64."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., n] turned, float64."""
+        return apply_factors(x * self.signs.to(x), [factor.to(x) for factor in self.factors])
+
+    @property
+    def matrix(self) -> Tensor:
+        """[n, n], float64: x is turned as x @ matrix."""
+        return self.signs[:, None] * dense(self.factors)
+
+
+def random_rotation(size: int, generator: torch.Generator) -> Rotation:
+    """Random signs and a Hadamard transform."""
     signs = torch.randint(0, 2, (size,), generator=generator, dtype=torch.float64) * 2 - 1
-    return signs[:, None] * dense(factors_of(size, generator))
+    return Rotation(signs, tuple(factors_of(size, generator)))
 
 
 def dense(factors: Sequence[Tensor]) -> Tensor:
@@ -57,7 +87,7 @@ def factors_of(size: int, generator: torch.Generator | None = None) -> list[Tens
 def hadamard_order(size: int) -> int | None:
     """The smallest order with a Hadamard matrix of ours that leaves a power of two: 1 for 64, 36 for 576."""
     order = size // (size & -size)
-    while size % order == 0:
+    while size % order == 0 and order <= _LARGEST_ORDER:
         if order in (1, 2) or _prime_of(order) is not None:
             return order
         order *= 2

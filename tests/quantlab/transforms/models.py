@@ -11,6 +11,7 @@ from probes.hooks import watch
 from quantlab.attention.variants import VARIANTS
 from quantlab.calibration.statistics import LinearStats
 from quantlab.inspection.graph import GRAPHS
+from quantlab.transforms.guard import Guard, difference, logits_of
 from tests.toys import toy_model
 
 VARIANT_OPTIONS: dict[str, list[dict[str, Any]]] = {
@@ -84,3 +85,10 @@ def _see(seen: dict[str, Tensor], name: str, module: Any, args: tuple[Any, ...])
 def _stats(inputs_NI: Tensor) -> LinearStats:
     low, high = inputs_NI.aminmax(dim=0)
     return LinearStats(inputs_NI.T @ inputs_NI, low, high, inputs_NI.mean(0), len(inputs_NI))
+
+
+def assert_near_rounding(guard: Guard) -> None:
+    """Within the bounds that the docstring of the guard says a test holds."""
+    after = logits_of(guard.model, guard.ids_NT)
+    found, noise = difference(guard.before_NTV, after), guard.noise(after)
+    assert found.typical <= 1.5 * noise and found.worst <= 4 * noise, f"{found}, noise {noise:.3g}"

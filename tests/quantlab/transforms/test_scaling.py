@@ -12,7 +12,7 @@ from quantlab.transforms.fold import fold_
 from quantlab.transforms.guard import Guard
 from quantlab.transforms.scaling import scale_, tied
 from quantlab.transforms.smooth import smooth_, smoothing_scales
-from tests.quantlab.transforms.models import CASES, random_model, statistics, tokens
+from tests.quantlab.transforms.models import CASES, assert_near_rounding, random_model, statistics, tokens
 
 
 def random_scales(edge: Edge, seed: int = 3) -> Tensor:
@@ -44,6 +44,7 @@ def test_the_function_stays_and_comes_back(case: str, dtype: torch.dtype) -> Non
         undo: Undo = []
         guard.apply(name, change, undo)
         assert undo, name
+        assert_near_rounding(guard)
         restore(undo)
         now = dict(model.named_modules())
         assert now.keys() == modules.keys() and all(now[key] is modules[key] for key in modules)
