@@ -73,7 +73,8 @@ def _solve_block(
     """Round a block of channels: turns targets into codes and fills `errors_SBO`, both in place."""
     half = len(weight_BO) // 2
     if 2 * half <= _LEAF:
-        return _solve_leaf(weight_BO, target_SBO, upper_BB, grid, errors_SBO)
+        _solve_leaf(weight_BO, target_SBO, upper_BB, grid, errors_SBO)
+        return
     for part in (slice(half), slice(half, None)):
         if part.start:
             _feed(target_SBO[:, half:], upper_BB[:half, half:], errors_SBO[:, :half])

@@ -23,7 +23,10 @@ from quantlab.methods.solved import Solved
 from quantlab.numerics.affine import QuantizedTensor
 from quantlab.schemes import TensorSpec
 
-__all__ = ["quantize_weights"]
+__all__ = ["CLIP_STEPS", "quantize_weights"]
+
+CLIP_STEPS = 12
+"""Ranges that are tried for every group; 1 keeps the full range, as the paper does."""
 
 _DEFAULTS = MethodConfig()
 _LARGE = 2.0**64
@@ -36,12 +39,16 @@ def quantize_weights(
     *,
     scale_dtype: torch.dtype = torch.float32,
     config: MethodConfig = _DEFAULTS,
+    clip_steps: int = CLIP_STEPS,
 ) -> list[Solved]:
     """Quantize one matrix to every spec, bit for bit as each would be alone.
 
     Ranges are of the weights as they are (static groups, channels, tensors), or of the weights as fed back when the
     group begins (`config.gptq.static_groups` off). Weights of dead channels widen no range, and take their nearest
     codes: that costs nothing on calibration tokens, and least on a token that does reach them.
+
+    A range is the one of `clip_steps` shrunk ones with the least sum of d_k (w_k - Q(w_k))^2, d the pivots of the
+    Hessian (`hessian`): the loss of GPTQ itself, if targets are spread as the weights are.
 
     Raises:
         SchemeError: no statistics, values that are not finite, a group_size that does not divide I, or a scale that
@@ -53,10 +60,15 @@ def quantize_weights(
     note = "; ".join((*_shortage(stats), *feedback.notes))
     weight_OI = weight_OI.detach().float()
     static = [spec for spec in specs if config.gptq.static_groups or spec.group_size is None]
-    together = iter(_solve_static(weight_OI, static, feedback, scale_dtype, config.gptq.block_size))
+    together = iter(
+        _solve_static(weight_OI, static, feedback, scale_dtype, config.gptq.block_size, clip_steps)
+    )
     return [
         Solved(
-            next(together) if spec in static else _solve_dynamic(weight_OI, spec, feedback, scale_dtype), note
+            next(together)
+            if spec in static
+            else _solve_dynamic(weight_OI, spec, feedback, scale_dtype, clip_steps),
+            note,
         )
         for spec in specs
     ]
@@ -95,14 +107,22 @@ def _shortage(stats: LinearStats) -> tuple[str, ...]:
 
 
 def _solve_static(
-    weight_OI: Tensor, specs: list[TensorSpec], feedback: Feedback, scale_dtype: torch.dtype, block_size: int
+    weight_OI: Tensor,
+    specs: list[TensorSpec],
+    feedback: Feedback,
+    scale_dtype: torch.dtype,
+    block_size: int,
+    clip_steps: int,
 ) -> list[QuantizedTensor]:
     """Every spec in one pass: all ranges are known before it begins."""
     if not specs:
         return []
     padded_OI = _padded(weight_OI)
     live = (without_dead(padded_OI, feedback.dead_I, spec) for spec in specs)
-    grids = [fit_grid(live_OI, spec, scale_dtype) for live_OI, spec in zip(live, specs, strict=True)]
+    grids = [
+        fit_grid(live_OI, spec, scale_dtype, feedback.pivots_I, clip_steps)
+        for live_OI, spec in zip(live, specs, strict=True)
+    ]
     weight_IO = _laid_out(padded_OI, feedback)
 
     def grid_of(start: int, stop: int, target_SBO: Tensor) -> BlockGrid:
@@ -113,7 +133,7 @@ def _solve_static(
 
 
 def _solve_dynamic(
-    weight_OI: Tensor, spec: TensorSpec, feedback: Feedback, scale_dtype: torch.dtype
+    weight_OI: Tensor, spec: TensorSpec, feedback: Feedback, scale_dtype: torch.dtype, clip_steps: int
 ) -> QuantizedTensor:
     """One spec whose groups find their scales when their turn comes: a block is a group."""
     assert spec.group_size is not None
@@ -125,7 +145,8 @@ def _solve_dynamic(
     def grid_of(start: int, stop: int, target_SBO: Tensor) -> BlockGrid:
         seen_BO = fed_back(weight_IO[start:stop], target_SBO[0], upper_II[start:stop, start:stop])
         live_OB = without_dead(seen_BO.t(), feedback.dead_I[start:stop], alone)
-        grids.append(fit_grid(live_OB, alone, scale_dtype))
+        pivots_B = feedback.pivots_I[start:stop]
+        grids.append(fit_grid(live_OB, alone, scale_dtype, pivots_B, clip_steps))
         return stacked(grids[-1:], feedback.order_I[start:stop], weight_IO.dtype)
 
     (codes_IO,) = _solve(weight_IO, feedback, grid_of, 1, spec.group_size)

@@ -29,6 +29,9 @@ class Feedback:
     """bool, of the original channels: the input was 0 on every calibration token."""
     upper_II: Tensor
     """U in the order of `order_I`, float32 or float64; the identity, which is RTN, where no damping helped."""
+    pivots_I: Tensor
+    """d of the original channels, float32, largest 1, 0 for dead ones: what a squared rounding error at a channel costs
+    once all channels after it have made good what they can."""
     notes: tuple[str, ...]
     """Fallbacks taken, in words."""
 
@@ -52,9 +55,16 @@ def feedback_of(gram_II: Tensor, *, damping: float, act_order: bool) -> Feedback
     if act_order:
         order_I = diagonal_I.argsort(descending=True, stable=True)
     if count == len(gram_II):
-        return Feedback(order_I, dead_I, torch.eye(len(gram_II)).to(gram_II), ("rtn: every input was 0",))
-    upper_II, note = _climb(_ordered(gram_II, order_I, dead_I), damping)
-    return Feedback(order_I, dead_I, upper_II, (*notes, note) if note else notes)
+        notes, factor_II, note = (), torch.eye(len(gram_II)).to(gram_II), "rtn: every input was 0"
+    else:
+        factor_II, note = _climb(_ordered(gram_II, order_I, dead_I), damping)
+    roots_I = factor_II.diagonal()
+    pivots_I = torch.empty_like(roots_I)
+    pivots_I[order_I] = roots_I.square()
+    pivots_I = pivots_I.masked_fill(dead_I, 0.0).float()
+    if count < len(gram_II):
+        pivots_I = pivots_I / pivots_I.max()
+    return Feedback(order_I, dead_I, factor_II / roots_I, pivots_I, (*notes, note) if note else notes)
 
 
 def _ordered(gram_II: Tensor, order_I: Tensor, dead_I: Tensor) -> Tensor:
@@ -68,27 +78,27 @@ def _ordered(gram_II: Tensor, order_I: Tensor, dead_I: Tensor) -> Tensor:
     # By the largest first: the sum of diagonals near the largest float32 would overflow.
     for size in (torch.max, torch.mean):
         hessian_II.ldexp_(-torch.frexp(size(diagonal_I[live_I].abs())).exponent)
-    diagonal_I[~live_I] = 1.0
+    diagonal_I[~live_I] = diagonal_I[live_I].abs().mean()
     return hessian_II
 
 
 def _climb(hessian_II: Tensor, damping: float) -> tuple[Tensor, str]:
-    """U at the first rung of the ladder that is positive definite, and the note of that rung."""
+    """U diag(d)^(1/2) at the first rung of the ladder that is positive definite, and the note of that rung."""
     mean = float(hessian_II.diagonal().abs().mean())
     rungs = [(torch.float32, damping, "")] if hessian_II.dtype == torch.float32 else []
     rungs.append((torch.float64, damping, "gptq: float64 after a failed float32 Cholesky" if rungs else ""))
     larger = [step for step in RAISED_DAMPING if step > damping]
     rungs += [(torch.float64, step, f"gptq: damping raised to {step:g}") for step in larger]
     for dtype, step, note in rungs:
-        upper_II = _unit_upper(hessian_II.to(dtype), step * mean)
-        if upper_II is not None:
-            return upper_II, note
+        factor_II = _factor(hessian_II.to(dtype), step * mean)
+        if factor_II is not None:
+            return factor_II, note
     identity_II = torch.eye(len(hessian_II)).to(hessian_II)
     return identity_II, "rtn: X^T X is not positive definite at any damping"
 
 
-def _unit_upper(hessian_II: Tensor, damping: float) -> Tensor | None:
-    """U of H + damping * identity, or None where the matrix is not positive definite.
+def _factor(hessian_II: Tensor, damping: float) -> Tensor | None:
+    """U diag(d)^(1/2) of H + damping * identity, or None where the matrix is not positive definite.
 
     Cholesky peels a matrix from its first channel, U from its last: so the matrix is turned round before and after.
     """
@@ -97,6 +107,5 @@ def _unit_upper(hessian_II: Tensor, damping: float) -> Tensor | None:
     lower_II, failed = torch.linalg.cholesky_ex(turned_II)
     if failed or not lower_II.isfinite().all():
         return None
-    upper_II = lower_II.flip(0, 1)
-    unit_II: Tensor = upper_II / upper_II.diagonal()
-    return unit_II
+    factor_II: Tensor = lower_II.flip(0, 1)
+    return factor_II

@@ -66,7 +66,8 @@ def stats_of(x_TI: Tensor) -> LinearStats:
 def solve(
     weight_OI: Tensor, spec: TensorSpec, stats: LinearStats, config: MethodConfig = DEFAULT
 ) -> QuantizedTensor:
-    (solved,) = quantize_weights(weight_OI, [spec], stats, config=config)
+    """On full ranges, which is what the textbook and RTN take."""
+    (solved,) = quantize_weights(weight_OI, [spec], stats, config=config, clip_steps=1)
     assert isinstance(solved.quantized, QuantizedTensor)
     return solved.quantized
 
@@ -287,7 +288,9 @@ def test_a_group_of_dead_channels_alone_still_has_a_range():
 
 def test_without_any_input_it_is_rtn_and_says_so():
     weight_OI = random(OUTPUTS, INPUTS)
-    (solved,) = quantize_weights(weight_OI, [group(4, 16)], stats_of(torch.zeros(TOKENS, INPUTS)))
+    (solved,) = quantize_weights(
+        weight_OI, [group(4, 16)], stats_of(torch.zeros(TOKENS, INPUTS)), clip_steps=1
+    )
     assert torch.equal(solved.quantized.dequantize(), nearest(weight_OI, group(4, 16)))
     assert "rtn: every input was 0" in solved.note
 
@@ -316,7 +319,8 @@ def shifted(gram_II: Tensor, least: float) -> Tensor:
 def solved_from(gram_II: Tensor, **gptq: object) -> Solved:
     zero_I = torch.zeros(INPUTS)
     stats = LinearStats(gram_II, zero_I, zero_I, zero_I, TOKENS)
-    return quantize_weights(random(OUTPUTS, INPUTS), [channel(4)], stats, config=settings(**gptq))[0]
+    weight_OI = random(OUTPUTS, INPUTS)
+    return quantize_weights(weight_OI, [channel(4)], stats, config=settings(**gptq), clip_steps=1)[0]
 
 
 @pytest.mark.parametrize(
@@ -423,3 +427,28 @@ def test_channels_need_no_static_groups():
     weight_OI, stats = random(OUTPUTS, INPUTS), stats_of(correlated())
     moving = solve(weight_OI, channel(4), stats, settings(static_groups=False))
     assert torch.equal(moving.codes, solve(weight_OI, channel(4), stats).codes)
+
+
+@pytest.mark.parametrize("config", [DEFAULT, DYNAMIC])
+@pytest.mark.parametrize("spec", [channel(4), channel(3), group(3, 32), group(2, 32)])
+def test_searched_ranges_lower_the_loss(spec, config):
+    full, searched = 0.0, 0.0
+    for seed in range(4):
+        weight_OI, stats = random(OUTPUTS, INPUTS, seed=seed), stats_of(correlated(seed=20 + seed))
+        (solved,) = quantize_weights(weight_OI, [spec], stats, config=config)
+        searched += loss(weight_OI, solved.quantized.dequantize(), stats)
+        full += loss(weight_OI, solve(weight_OI, spec, stats, config).dequantize(), stats)
+    assert searched < full
+
+
+def test_pivots_are_what_the_channels_after_leave_unexplained():
+    gram_II = stats_of(correlated().double()).gram_II
+    gram_II[7] = gram_II[:, 7] = 0
+    feedback = hessian.feedback_of(gram_II, damping=0.01, act_order=True)
+    live = feedback.order_I[:-1]
+    assert feedback.order_I[-1] == 7 and feedback.pivots_I[7] == 0
+    diagonal_I = gram_II.diagonal()[live]
+    damped_II = gram_II[live][:, live] + 0.01 * diagonal_I.sum() / (INPUTS - 1) * torch.eye(INPUTS - 1)
+    left = [1 / torch.linalg.inv(damped_II[k:, k:])[0, 0] for k in range(INPUTS - 1)]
+    expected = torch.stack(left) / max(left)
+    torch.testing.assert_close(feedback.pivots_I[live].double(), expected, rtol=1e-6, atol=0)
