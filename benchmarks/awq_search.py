@@ -5,9 +5,9 @@
 The forward way is AutoAWQ's: each grid point quantizes the scaled weights, runs them on the calibration tokens, and
 compares with the outputs of the 16-bit weights, which are computed once, outside the timed part. Both sides take the
 same candidates (the first family of scales) and the same rounding, in float32. They alternate, and CPU time of the
-best round counts: other processes then cost neither side. X^T X serves every method, bit width and group size; its cost is a column of its own,
-and "with X^T X" is the ratio where a single search must pay for all of it. Inputs are correlated and some channels are
-large; "loss" is the largest relative difference over the grid, "alpha" the two choices.
+best round counts: other processes then cost neither side. X^T X serves every method, bit width and group size; its
+cost is a column of its own, and "with X^T X" is the ratio where a single search must pay for all of it. Inputs are
+correlated and some channels are large; "loss" is the largest relative difference over the grid, "alpha" the choices.
 """
 
 import argparse
