@@ -46,6 +46,8 @@ class Changes:
     """In the model's order, sites last."""
     num_parameters: int
     """All parameters of the model; those in no row (norms, biases) count with 16 bits each."""
+    notes: tuple[str, ...] = ()
+    """What transforms have to say, such as a head that was untied."""
 
     @property
     def share_by_bits(self) -> dict[int, float]:
@@ -88,6 +90,7 @@ class Changes:
             "num_skipped": sum(row.action == "skipped" for row in self.rows),
             "kernels": dict(sorted(Counter(row.kernel for row in self.rows if row.kernel).items())),
             "table": self.table(),
+            **({"notes": list(self.notes)} if self.notes else {}),
         }
 
     def _decoder_weights(self) -> list[Change]:

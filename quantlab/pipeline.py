@@ -1,6 +1,6 @@
 """The main path, in the order in which data moves:
 
-    checkpoint -> profile -> (for each scheme) quantize -> evaluate -> record -> export
+    checkpoint -> profile -> calibrate -> (for each scheme) quantize -> evaluate -> record -> export
 
 `run` does a whole run: everything that headers, configs, names and paths can tell is checked first; then each cell
 that has no record yet goes to the sweep's workers and leaves one. `profile_cell` and `evaluate_cell` are what a worker
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from quantlab.models.loading import Checkpoint
+    from quantlab.solutions import SolutionStore
 
 Items = dict[str, dict[str, "NDArray[Any]"]]
 """Columns of per-item results of each task."""
@@ -108,20 +109,35 @@ def profile_cell(
 
 
 def evaluate_cell(
-    checkpoint: "Checkpoint", scheme: Scheme, config: RunConfig, advance: Advance
+    checkpoint: "Checkpoint",
+    scheme: Scheme,
+    config: RunConfig,
+    advance: Advance,
+    solutions: "SolutionStore | None" = None,
 ) -> tuple[dict[str, Any], Items]:
-    """Scores of a checkpoint under a scheme: the record's result and the per-item scores of each task."""
+    """Scores of a checkpoint under a scheme: the record's result and the per-item scores of each task.
+
+    Args:
+        solutions: where codes that took long are kept, for the other cells of a sweep.
+    """
     import torch
 
+    from quantlab.calibration.calibrator import calibrator_of
     from quantlab.evaluation.tasks import TASKS
     from quantlab.quantize import quantized
 
     assert config.evaluation is not None
-    model, quantize = checkpoint.model, config.quantize
+    model = checkpoint.model
     loaded = str(model.dtype).removeprefix("torch.")
     scale_dtype = getattr(torch, stored_precision(loaded, checkpoint.info.source_precision))
+    calibrator = calibrator_of(checkpoint, config.calibration) if scheme.needs else None
     with quantized(
-        model, scheme, skip=quantize.skip, kernel=quantize.kernel, scale_dtype=scale_dtype
+        model,
+        scheme,
+        config.quantize,
+        scale_dtype=scale_dtype,
+        calibrator=calibrator,
+        solutions=solutions,
     ) as changes:
         scores = {
             task: TASKS[task](checkpoint, scheme, config.evaluation, advance)
@@ -129,6 +145,7 @@ def evaluate_cell(
         }
     result: dict[str, Any] = {
         "quantization": changes.summary(),
+        **({"calibration": calibrator.summary()} if calibrator else {}),
         "attention": _attention(checkpoint, sites=bool(scheme.sites)),
         **{task: score.summary() for task, score in scores.items()},
     }
@@ -177,6 +194,8 @@ def run_job(job: Job, advance: Advance) -> None:
     """Compute one cell and leave its record, unless another process has done so meanwhile."""
     import torch
 
+    from quantlab.solutions import SolutionStore
+
     torch.set_num_threads(job.config.sweep.threads)
     store = RunStore(job.config.folder)
     with store.claim(job.key) as missing:
@@ -188,7 +207,10 @@ def run_job(job: Job, advance: Advance) -> None:
             assert job.config.profile is not None
             result, items = profile_cell(checkpoint, job.config.profile, advance)
         else:
-            result, items = evaluate_cell(checkpoint, Scheme.parse(job.cell.scheme), job.own, advance)
+            schemes = tuple(map(Scheme.parse, job.own.schemes))
+            solutions = SolutionStore(job.config.folder / "solutions", job.weights_made_by, schemes)
+            scheme = Scheme.parse(job.cell.scheme)
+            result, items = evaluate_cell(checkpoint, scheme, job.own, advance, solutions)
         record = Record.of(job.cell.kind, job.made_by, job.config.recorded(), result)
         spent = {"wall_s": round(perf_counter() - wall, 3), "cpu_s": round(process_time() - cpu, 3)}
         store.put(record, items, _circumstances(torch.get_num_threads()) | spent)
@@ -226,6 +248,9 @@ def _check_data(config: RunConfig) -> tuple[dict[str, str], int | None]:
     """Check the files of texts and tasks; their SHA-256 by task, and the number of documents selected."""
     data: dict[str, str] = {}
     num_documents = None
+    own = [config.of(position) for position in range(len(config.checkpoints))]
+    if any(Scheme.parse(name).needs for each in own for name in each.schemes):
+        data["calibration"] = check_text(config.calibration.text)
     if config.profile is not None:
         data["profile"] = check_text(config.profile.text)
     if config.evaluation is not None and "perplexity" in config.evaluation.tasks:
@@ -233,9 +258,9 @@ def _check_data(config: RunConfig) -> tuple[dict[str, str], int | None]:
     if config.evaluation is not None and "hellaswag" in config.evaluation.tasks:
         dataset = load_hellaswag(config.evaluation.hellaswag.path)
         num_documents = len(select(dataset.documents, config.evaluation.hellaswag))
-        for own in map(config.of, range(len(config.checkpoints))):
-            assert own.evaluation is not None
-            select(dataset.documents, own.evaluation.hellaswag)
+        for each in own:
+            assert each.evaluation is not None
+            select(dataset.documents, each.evaluation.hellaswag)
         data["hellaswag"] = dataset.sha256
     return data, num_documents
 

@@ -3,8 +3,10 @@
     quantize_(model, scheme)            swaps modules for good
     with quantized(model, scheme):      swaps them for the span of the block
 
-Linears of the decoder layers become `QuantLinear`; the sites of attention logits, probabilities and joined maps become
-`FakeQuant`. Everything is checked before anything is swapped. Embeddings and lm_head stay at 16 bits.
+In the order in which it is done: transforms change weights without changing the function; methods choose codes
+(`quantlab.solving`); linears of the decoder layers become `QuantLinear`; the sites of queries, keys, values, attention
+logits, probabilities and joined maps become `FakeQuant`. Everything that shapes and names can tell is checked before
+anything is changed. Embeddings and lm_head stay at 16 bits.
 
 How far scores of one scheme agree. Integer linears give the same bits for any batch and order. On a CPU, sequences of
 one length got the same hidden states bit for bit in batches of 1 and 8 (SmolLM2-135M, every scheme tried), so their
@@ -14,58 +16,87 @@ document's score moves by at most what the scheme itself costs some document: in
 57 tokens, w8a8: mean difference 0.0004 +- 0.010 nats per token, largest 0.08, where the scheme costs up to 0.13.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from probes.attention import attention_sites
+from quantlab.calibration.calibrator import Calibrator
+from quantlab.calibration.statistics import LinearStats
 from quantlab.changes import Change, Changes
+from quantlab.config import QuantizeConfig
 from quantlab.errors import SchemeError, nearest
-from quantlab.kernels.choice import KERNELS, Kernel, check_integers, choose_kernel
+from quantlab.kernels.choice import check_integers, choose_kernel
 from quantlab.layers.fake_quant import FakeQuant
 from quantlab.layers.linear import QuantLinear, weight_of
-from quantlab.layers.sites import Undo, find_outputs, find_sites, replace_module, swap_output, swap_site
+from quantlab.layers.sites import find_outputs, find_sites, replace_module, swap_output, swap_site
 from quantlab.layers.targets import Choice, Target, check_skip, choose_targets, is_skipped
-from quantlab.methods import rtn
-from quantlab.schemes import Scheme, check_shapes
+from quantlab.methods.solved import Solved
+from quantlab.numerics.static import Fixed, static_range
+from quantlab.records import fingerprint
+from quantlab.schemes import TRANSFORMS, Scheme, TensorSpec, check_shapes
+from quantlab.solutions import SolutionStore
+from quantlab.solving import Asked, solve_model, weights_of
+from quantlab.transforms.apply import transform_
+from quantlab.transforms.bias import correct_bias
+from quantlab.transforms.edit import Undo, restore
 
 __all__ = ["Change", "Changes", "quantize_", "quantized"]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is known of the linears when they are swapped."""
+
+    asked: Asked
+    solved: Mapping[str, Solved] = field(default_factory=dict)
+    stats: Mapping[str, LinearStats] = field(default_factory=dict)
 
 
 def quantize_(
     model: nn.Module,
     scheme: Scheme,
+    config: QuantizeConfig = QuantizeConfig(),
     *,
-    skip: Sequence[str] = (),
-    kernel: str = "integer",
     scale_dtype: torch.dtype = torch.float32,
+    calibrator: Calibrator | None = None,
+    solutions: SolutionStore | None = None,
 ) -> Changes:
     """Put the scheme on the model, for good.
 
     Args:
-        skip: dotted patterns of decoder linears that stay at 16 bits.
-        kernel: a name of `KERNELS`.
+        config: linears that stay at 16 bits, kernel, widths of mixed schemes, settings of methods and transforms.
         scale_dtype: dtype that the scales of weights are rounded to before codes are chosen, as they will be stored.
+        calibrator: text and statistics, for schemes that need them (`scheme.needs`).
+        solutions: where codes that took long are kept; None computes them anew.
 
     Raises:
-        SchemeError: the scheme does not fit the model, a pattern matches nothing, or nothing would be quantized; the
-            model is then as it was. What lies inside attention needs `attention_sites(model)` around the call.
+        SchemeError: the scheme does not fit the model, needs calibration, a pattern matches nothing, or nothing would
+            be quantized; the model is then as it was. What lies inside attention needs `attention_sites(model)` around
+            the call.
+        CalibrationError: the text or the model cannot be calibrated.
         ProbeError: the model has no decoder layers.
     """
-    return _swap(model, scheme, skip, kernel, scale_dtype, None)
+    undo: Undo = []
+    try:
+        return _apply(model, Asked(scheme, config, scale_dtype), calibrator, solutions, undo)
+    except BaseException:
+        restore(undo)
+        raise
 
 
 @contextmanager
 def quantized(
     model: nn.Module,
     scheme: Scheme,
+    config: QuantizeConfig = QuantizeConfig(),
     *,
-    skip: Sequence[str] = (),
-    kernel: str = "integer",
     scale_dtype: torch.dtype = torch.float32,
+    calibrator: Calibrator | None = None,
+    solutions: SolutionStore | None = None,
 ) -> Iterator[Changes]:
     """The model under the scheme for the span of the block; then the same modules as before, however it ends.
 
@@ -73,82 +104,163 @@ def quantized(
     """
     undo: Undo = []
     with ExitStack() as stack:
-        if scheme.sites:
+        if scheme.sites or scheme.head_sites:
             stack.enter_context(attention_sites(model))
-        stack.callback(_restore, undo)
-        yield _swap(model, scheme, skip, kernel, scale_dtype, undo)
+        stack.callback(restore, undo)
+        yield _apply(model, Asked(scheme, config, scale_dtype), calibrator, solutions, undo)
 
 
-def _swap(
-    model: nn.Module,
-    scheme: Scheme,
-    skip: Sequence[str],
-    kernel: str,
-    scale_dtype: torch.dtype,
-    undo: Undo | None,
+def _apply(
+    model: nn.Module, asked: Asked, calibrator: Calibrator | None, solutions: SolutionStore | None, undo: Undo
 ) -> Changes:
-    """Check everything, then swap; what was swapped is noted in `undo`, where there is one."""
-    if kernel not in KERNELS:
-        raise SchemeError(
-            f"kernel must be one of {', '.join(KERNELS)}: found {kernel!r}.{nearest(kernel, KERNELS)}"
-        )
-    if any(isinstance(module, QuantLinear | FakeQuant) for module in model.modules()):
-        raise SchemeError("a model takes one scheme at a time: this one carries one already. Load it anew.")
-    if skip:
-        check_skip(model, skip)
+    """Check, transform, solve, swap; what was replaced is noted in `undo`."""
+    scheme = asked.scheme
+    choice = _check(model, asked, calibrator)
+    find_outputs(model, scheme)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    runs, reason = choose_kernel(scheme, next(model.parameters()).device.type, kernel)
-    touches = scheme.weights is not None or scheme.activations is not None
-    choice = choose_targets(model, skip) if touches else Choice((), (), ())
-    if touches:
-        _check_shapes(model, scheme, choice.chosen, runs)
-    sites, outputs = find_sites(model, scheme), find_outputs(model, scheme)
-    how = _How(scheme, scale_dtype, runs, reason)
+    notes, done = _transform_(model, asked, calibrator, undo)
+    if done:
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        choice = choose_targets(model, asked.config.skip) if choice.chosen else choice
+    attention = calibrator.attention(model, done) if calibrator and "attention" in scheme.needs else None
+    sites = find_sites(model, scheme, attention)
+    own = [target for target in choice.chosen if target.tied_to is None]
+    solved, stats = solve_model(model, own, asked, calibrator, done, solutions, undo)
+    work = _Work(asked, solved, stats)
     chosen = set(choice.chosen)
+    # First, since a layer's linears still tell its device.
+    at_sites = [swap_site(layer, prefix, site, quantizer, undo) for prefix, layer, site, quantizer in sites]
     rows = [
-        _swap_linear(model, target, how, undo) if target in chosen else _stays(target, skip)
+        _swap_linear(model, target, work, undo) if target in chosen else _stays(target, asked.config.skip)
         for target in choice.targets
     ]
-    rows += [swap_site(layer, prefix, name, spec, undo) for prefix, layer, name, spec in sites]
+    rows += at_sites
     # Last, since layers are found by what is inside them.
-    rows += [swap_output(model, module, name, spec, undo) for name, module, spec in outputs]
-    return Changes(scheme.name, tuple(rows), num_parameters)
+    rows += [
+        swap_output(model, module, name, spec, undo) for name, module, spec in find_outputs(model, scheme)
+    ]
+    return Changes(scheme.name, tuple(rows), num_parameters, tuple(notes))
 
 
-def _check_shapes(model: nn.Module, scheme: Scheme, chosen: Sequence[Target], runs: Kernel) -> None:
-    """Refuse groups that do not divide, and integer sums that do not fit."""
-    linears = {target.name: (target.shape[0], target.shape[1]) for target in chosen}
-    check_shapes(scheme, linears)
-    if runs == "int8_mm":
-        check_integers(scheme, linears, next(model.parameters()).device)
+def _transform_(
+    model: nn.Module, asked: Asked, calibrator: Calibrator | None, undo: Undo
+) -> tuple[list[str], str]:
+    """Make the scheme's transforms, each on statistics of the model as the last one left it; notes, and their names.
+
+    The names carry the settings, so that statistics of the result can be kept under them.
+    """
+    settings, done, notes = asked.config.transforms, "", list[str]()
+    for name in asked.scheme.transforms:
+        if name == "bias":
+            continue
+        assert calibrator is not None, "schemes with transforms need tokens"
+        stats = calibrator.linears(model, done) if "inputs" in TRANSFORMS[name].needs else {}
+        notes += transform_(model, name, calibrator.ids_NT, stats, settings, undo)
+        done += f"{name}-"
+    return notes, done and done + fingerprint(settings.model_dump(mode="json"))[:16]
 
 
-@dataclass(frozen=True)
-class _How:
-    """How the linears of a model are quantized."""
+def _check(model: nn.Module, asked: Asked, calibrator: Calibrator | None) -> Choice:
+    """Everything that can be told before anything is changed; the linears that are chosen."""
+    scheme, config = asked.scheme, asked.config
+    if any(isinstance(module, QuantLinear | FakeQuant) for module in model.modules()):
+        raise SchemeError("a model takes one scheme at a time: this one carries one already. Load it anew.")
+    if scheme.needs and calibrator is None:
+        raise SchemeError(
+            f"{scheme.name} needs calibration ({', '.join(sorted(scheme.needs))}): none was given. Give a calibrator."
+        )
+    if scheme.mixed and not config.widths:
+        raise SchemeError(
+            f"{scheme.name} takes bits of some linears from quantize.widths: it is empty. `quantlab allocate` writes "
+            "it, or leave '-mixed' out."
+        )
+    if config.skip:
+        check_skip(model, config.skip)
+    if scheme.weights is None and scheme.activations is None:
+        return Choice((), (), ())
+    choice = choose_targets(model, config.skip)
+    _check_linears(model, asked, choice.chosen)
+    return choice
 
-    scheme: Scheme
-    scale_dtype: torch.dtype
-    kernel: Kernel
-    reason: str
-    """Why this kernel and not the one asked for; empty where it is."""
+
+def _check_linears(model: nn.Module, asked: Asked, chosen: Sequence[Target]) -> None:
+    """Refuse groups that do not divide, widths that match nothing, and integer sums that do not fit."""
+    scheme, device = asked.scheme, next(model.parameters()).device
+    if scheme.mixed:
+        _check_widths(asked, chosen)
+    for target in chosen:
+        weights = weights_of(target.name, asked)
+        shape = {target.name: (target.shape[0], target.shape[1])}
+        check_shapes(Scheme(weights, scheme.activations), shape)
+        runs, _ = choose_kernel(weights, scheme.activations, device.type, asked.config.kernel)
+        if runs == "int8_mm":
+            assert isinstance(weights, TensorSpec) and scheme.activations is not None
+            check_integers(weights, scheme.activations, shape, device)
 
 
-def _swap_linear(model: nn.Module, target: Target, how: _How, undo: Undo | None) -> Change:
+def _check_widths(asked: Asked, chosen: Sequence[Target]) -> None:
+    """Refuse a pattern of widths that matches no linear."""
+    for pattern in asked.config.widths:
+        check = Asked(asked.scheme, asked.config.model_copy(update={"widths": {pattern: "w16"}}))
+        if all(weights_of(target.name, check) is not None for target in chosen):
+            names = [target.name for target in chosen]
+            raise SchemeError(
+                f"a pattern of quantize.widths must match a linear: {pattern!r} matches none."
+                f"{nearest(pattern, names) or f' There are {names[0]} and others.'}"
+            )
+
+
+def _swap_linear(model: nn.Module, target: Target, work: _Work, undo: Undo) -> Change:
     """Put a QuantLinear in the place of one linear, under every name that it has."""
-    scheme = how.scheme
+    scheme, dtype = work.asked.scheme, work.asked.scale_dtype
     linear = model.get_submodule(target.name)
+    weights = weights_of(target.name, work.asked)
+    kernel, reason = choose_kernel(
+        weights,
+        scheme.activations,
+        next(linear.parameters(), torch.empty(0)).device.type,
+        work.asked.config.kernel,
+    )
+    # A matrix of several names has the codes of its first.
+    solved = work.solved.get(target.tied_to or target.name)
     storage_bits = 16 * target.num_weights
+    if solved is not None:
+        storage_bits = 0 if target.tied_to else solved.quantized.storage_bits(8 * dtype.itemsize)
     if not isinstance(linear, QuantLinear):  # a linear that the model holds twice was swapped the first time
-        quantized = None
-        if scheme.weights is not None:
-            quantized = rtn.quantize_weight(weight_of(linear), scheme.weights, scale_dtype=how.scale_dtype)
-            storage_bits = 0 if target.tied_to else quantized.storage_bits(8 * how.scale_dtype.itemsize)
-        swapped = QuantLinear(linear, quantized, scheme.activations, how.kernel, target.name)
+        swapped = QuantLinear(
+            linear,
+            None if solved is None else solved.quantized,
+            scheme.activations,
+            kernel,
+            target.name,
+            fixed=_fixed(target.name, work),
+            bias=_corrected(linear, target.name, work),
+        )
         replace_module(model, linear, swapped.train(linear.training), undo)
-    bits = 16 if scheme.weights is None else scheme.weights.bits
-    why = f"{Scheme(scheme.weights, scheme.activations).name}{how.reason and f': {how.reason}'}"
-    return Change(target.name, "swapped", why, bits, target.num_weights, how.kernel, storage_bits)
+    why = Scheme(weights, scheme.activations).name
+    if weights is not None and solved is not None and scheme.method != "rtn":
+        why += f"-{scheme.method}"
+    why = ": ".join(filter(None, (why, reason, solved.note if solved else "")))
+    bits = 16 if weights is None else weights.bits
+    return Change(target.name, "swapped", why, bits, target.num_weights, kernel, storage_bits)
+
+
+def _fixed(name: str, work: _Work) -> Fixed | None:
+    """The range of a linear's inputs under a static spec."""
+    spec = work.asked.scheme.activations
+    if spec is None or not spec.static:
+        return None
+    stats = work.stats[name]
+    return static_range(spec, stats.minimum_I, stats.maximum_I)
+
+
+def _corrected(linear: nn.Module, name: str, work: _Work) -> torch.Tensor | None:
+    """The linear's bias with what makes up for the mean error of its weights; None leaves it as it is."""
+    solved = work.solved.get(name)
+    if "bias" not in work.asked.scheme.transforms or solved is None:
+        return None
+    mean_I = work.stats[name].mean_I
+    return correct_bias(weight_of(linear), solved.quantized.dequantize(), linear.bias, mean_I)  # type: ignore[arg-type]
 
 
 def _stays(target: Target, skip: Sequence[str]) -> Change:
@@ -164,10 +276,3 @@ def _stays(target: Target, skip: Sequence[str]) -> Change:
     return Change(
         target.name, "skipped", why, 16, target.num_weights, "", 16 * target.num_weights, in_decoder
     )
-
-
-def _restore(undo: Undo) -> None:
-    """Put back what was there, the last swap first."""
-    while undo:
-        parent, name, module = undo.pop()
-        setattr(parent, name, module)

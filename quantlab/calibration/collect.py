@@ -169,7 +169,9 @@ class Watcher:
         if name in self._ranges:
             self._ranges[name].add(args[0])
         else:
-            self._see_linear(name, args[0])
+            # Statistics are of what meets the weights: a rotated linear rotates its inputs first.
+            before = getattr(module, "before", None)
+            self._see_linear(name, args[0] if before is None else before(args[0]))
 
     def _see_linear(self, name: str, x: Tensor) -> None:
         shared = next(

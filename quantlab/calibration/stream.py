@@ -63,8 +63,12 @@ class BlockStep:
 
         Gradients are recorded as the caller has it.
         """
-        call = self._call_of(stop - start)
-        found = self.layer(self.inputs_NTD[start:stop].to(call.hidden.device), *call.args, **call.kwargs)
+        return self.run_on(self.inputs_NTD[start:stop])
+
+    def run_on(self, inputs_nTD: Tensor) -> Tensor:
+        """Outputs [n, T, D] for other inputs of whole sequences."""
+        call = self._call_of(len(inputs_nTD))
+        found = self.layer(inputs_nTD.to(call.hidden.device), *call.args, **call.kwargs)
         output: Tensor = found[0] if isinstance(found, tuple) else found
         return output
 

@@ -3,6 +3,7 @@
     weight_only   16-bit inputs times dequantized weights                              reference.linear
     simulated     fake-quantized inputs times dequantized weights, in the model's dtype reference.linear
     int8_mm       integer codes times integer codes, summed exactly in int32           integer.linear
+    llm_int8      the same but for outlier columns of a sequence, which stay real      llm_int8.linear
 
 A kernel is chosen by name before anything runs (`choice.choose_kernel`) and stands in the record.
 """

@@ -4,9 +4,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from quantlab.errors import SchemeError
-from quantlab.kernels import integer, reference
+from quantlab.kernels import integer, llm_int8, reference
 from quantlab.kernels.choice import Kernel
+from quantlab.methods.solved import Quantized
 from quantlab.numerics.affine import QuantizedTensor
+from quantlab.numerics.codebook import CodebookTensor
 from quantlab.numerics.static import Fixed
 from quantlab.schemes import TensorSpec
 
@@ -32,35 +34,44 @@ class QuantLinear(nn.Module):
     def __init__(
         self,
         linear: nn.Module,
-        quantized: QuantizedTensor | None,
+        quantized: Quantized | None,
         inputs: TensorSpec | None,
         kernel: Kernel,
         name: str = "linear",
         fixed: Fixed | None = None,
+        bias: Tensor | None = None,
     ) -> None:
         """quantized None keeps the linear's own weights; inputs None keeps its inputs at 16 bits.
 
-        `fixed` is the range of inputs whose spec is static, from `numerics.static.static_range`.
+        `fixed` is the range of inputs whose spec is static, from `numerics.static.static_range`. `bias` [O] stands for
+        the linear's own. What a rotated linear does to its inputs first (`before`) is done here too.
 
-        Dequantized weights are rounded to the linear's dtype; the integer kernel keeps codes and scales instead.
+        Dequantized weights are rounded to the linear's dtype; integer kernels keep codes and scales instead.
         `name` is the place in the model, for messages.
         """
         super().__init__()
         self.kernel, self.inputs, self.name = kernel, inputs, name
-        weight_OI, bias = weight_of(linear).detach(), linear.bias
-        assert bias is None or isinstance(bias, Tensor)
+        weight_OI, own_bias = weight_of(linear).detach(), linear.bias
+        assert own_bias is None or isinstance(own_bias, Tensor)
+        bias = own_bias if bias is None else bias.to(weight_OI.dtype)
+        before = getattr(linear, "before", None)
+        assert before is None or isinstance(before, nn.Module)
+        self.before = before
         self.out_features, self.in_features = weight_OI.shape
         self.dtype = weight_OI.dtype
         assert inputs is None or inputs.static == (fixed is not None), "static inputs go with a range"
         low, high = fixed or (None, None)
         self.register_buffer("low", low, persistent=False)
         self.register_buffer("high", high, persistent=False)
-        self.codes: integer.Int8Weight | None = None
+        self.codes: integer.Int8Weight | llm_int8.LlmInt8Weight | None = None
         if kernel == "int8_mm":
-            assert quantized is not None and inputs is not None, (
+            assert isinstance(quantized, QuantizedTensor) and inputs is not None, (
                 "an integer product takes codes on both sides"
             )
             self.codes = integer.Int8Weight(quantized)
+        elif kernel == "llm_int8":
+            assert isinstance(quantized, CodebookTensor), "llm_int8 takes its own codes"
+            self.codes = llm_int8.LlmInt8Weight(quantized)
         elif quantized is not None:
             weight_OI = quantized.dequantize().to(self.dtype)
         self.register_buffer("real_weight", None if self.codes else weight_OI, persistent=False)
@@ -76,6 +87,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., I] to [.., O]."""
+        if self.before is not None:
+            x = self.before(x)
         fixed = None if self.low is None or self.high is None else (self.low, self.high)
         spans_tokens = self.inputs is not None and self.inputs.granularity in ("tensor", "channel")
         if self.inputs is not None and spans_tokens and fixed is None and x.ndim < 3:
@@ -84,6 +97,8 @@ class QuantLinear(nn.Module):
                 f"where sequences cannot be told apart. Use one scale per token (a{self.inputs.bits}), or add "
                 f'"*.{self.name.rpartition(".")[2]}" to skip.'
             )
+        if isinstance(self.codes, llm_int8.LlmInt8Weight):
+            return llm_int8.linear(x, self.codes, self.bias)
         if self.codes is not None and self.inputs is not None:
             return integer.linear(x, self.codes, self.bias, self.inputs, fixed)
         return reference.linear(x, self.weight, self.bias, self.inputs, fixed)

@@ -22,8 +22,8 @@ from quantlab.errors import SchemeError, nearest
 
 __all__ = ["Choice", "Target", "check_skip", "choose_targets", "find_targets", "is_skipped", "parents_of"]
 
-_SAME_AS_LINEAR = ("FalconLinear",)
-"""Subclasses of nn.Linear with a forward of their own that computes x W^T + b all the same."""
+_SAME_AS_LINEAR = ("FalconLinear", "RotatedLinear")
+"""Subclasses of nn.Linear with a forward of their own that computes x W^T + b all the same, or of rotated x."""
 
 
 @dataclass(frozen=True)

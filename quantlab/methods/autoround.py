@@ -23,7 +23,6 @@ from torch.nn import functional as F
 
 from quantlab.errors import SchemeError
 from quantlab.layers.linear import weight_of
-from quantlab.layers.sites import Undo, replace_module
 from quantlab.methods.config import AutoRoundConfig
 from quantlab.methods.rtn import quantize_weight
 from quantlab.methods.solved import Solved
@@ -32,6 +31,7 @@ from quantlab.numerics.granularity import group_view, spanned_dims
 from quantlab.numerics.qtype import QType
 from quantlab.numerics.ranges import absmax, min_max
 from quantlab.schemes import TensorSpec
+from quantlab.transforms.edit import Undo, replace_, restore
 
 __all__ = ["tune_layer"]
 
@@ -186,9 +186,7 @@ def _learning(
         for name, spec in specs.items():
             linear = layer.get_submodule(name)
             learners[name] = _Learner(linear, spec, scale_dtype)
-            replace_module(layer, linear, learners[name], undo)
+            replace_(layer, linear, learners[name], undo)
         yield learners
     finally:
-        while undo:
-            parent, name, module = undo.pop()
-            setattr(parent, name, module)
+        restore(undo)

@@ -1,7 +1,8 @@
 """A cell with all that a worker needs, and what its record's key is the hash of.
 
 A key covers the checkpoint's content, dtype and kind of device, the scheme, the skipped linears, the kernel, the dtype
-of scales, the data's content and which of it, the BOS policy, the libraries and the sources of quantlab. Batch size,
+of scales, the calibration and the settings of methods and transforms where the scheme has any, the data's content and
+which of it, the BOS policy, the libraries and the sources of quantlab. Batch size,
 workers, names and the places of files are absent: they are not what a score is the result of.
 """
 
@@ -15,6 +16,7 @@ from quantlab.config import CheckpointConfig, RunConfig
 from quantlab.inspection.checkpoint import CheckpointInfo, content_hash
 from quantlab.inspection.precision import stored_precision
 from quantlab.records import record_key, source_hash
+from quantlab.schemes import METHODS, Scheme
 from quantlab.sweep.plan import Cell, plan
 
 _KERNELS = ("flash_attn",)
@@ -34,6 +36,21 @@ class Job:
     def key(self) -> str:
         """The record's key, known before it is computed."""
         return record_key(self.cell.kind, self.made_by)
+
+    @property
+    def weights_made_by(self) -> dict[str, Any]:
+        """What codes of weights are the result of, but for the scheme."""
+        names = (
+            "checkpoint",
+            "code",
+            "libraries",
+            "quantize",
+            "calibration",
+            "method",
+            "transforms",
+            "widths",
+        )
+        return {name: self.made_by[name] for name in names if name in self.made_by}
 
     @property
     def checkpoint(self) -> CheckpointConfig:
@@ -83,6 +100,24 @@ def _source(checkpoint: CheckpointConfig, info: CheckpointInfo) -> dict[str, Any
     }
 
 
+def _of_weights(scheme: Scheme, config: RunConfig, data: Mapping[str, str]) -> dict[str, Any]:
+    """What made codes and ranges beyond the scheme's name; only what the scheme has."""
+    made: dict[str, Any] = {}
+    methods = config.quantize.methods
+    if scheme.needs:
+        settings = config.calibration.model_dump(mode="json", exclude={"text": {"path"}, "cache": True})
+        made["calibration"] = settings | {"data": data["calibration"]}
+    if scheme.method != "rtn":
+        own = getattr(methods, scheme.method, None)
+        settings = {} if own is None else own.model_dump(mode="json")
+        made["method"] = settings | ({"hessian": methods.hessian} if METHODS[scheme.method].needs else {})
+    if scheme.transforms:
+        made["transforms"] = config.quantize.transforms.model_dump(mode="json")
+    if scheme.mixed:
+        made["widths"] = dict(config.quantize.widths)
+    return made
+
+
 def _of_profile(
     cell: Cell, config: RunConfig, source: Mapping[str, Any], data: Mapping[str, str]
 ) -> dict[str, Any]:
@@ -96,7 +131,8 @@ def _of_evaluation(
 ) -> dict[str, Any]:
     assert config.evaluation is not None
     tasks = {task: getattr(config.evaluation, task) for task in config.evaluation.tasks}
-    return {
+    scheme = Scheme.parse(cell.scheme)
+    return _of_weights(scheme, config, data) | {
         "scheme": cell.scheme,
         "quantize": {
             "skip": sorted(config.quantize.skip),

@@ -84,7 +84,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, ids: Tensor) -> Path:
 
 def ours(checkpoint: Checkpoint, scheme: str, ids: Tensor) -> Tensor:
     """Logits of our own simulated model."""
-    with torch.no_grad(), quantized(checkpoint.model, Scheme.parse(scheme), kernel="simulated"):
+    with torch.no_grad(), quantized(checkpoint.model, Scheme.parse(scheme), QuantizeConfig(kernel="simulated")):
         logits: Tensor = checkpoint.model(ids).logits
     return logits.float()
 

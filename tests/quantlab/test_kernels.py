@@ -135,17 +135,23 @@ def test_padding_for_cublas_adds_nothing(m: int, k: int, n: int, monkeypatch: py
     assert sizes[0][0] > 16 and all(size % 8 == 0 for size in sizes[0])
 
 
+def _specs(name: str) -> tuple[TensorSpec, TensorSpec]:
+    scheme = Scheme.parse(name)
+    return scheme.weights, scheme.activations  # type: ignore[return-value]
+
+
 def test_which_kernel_runs() -> None:
     def chosen(name: str, device: str = "cpu", kernel: str = "integer") -> str:
-        return choose_kernel(Scheme.parse(name), device, kernel)[0]
+        return choose_kernel(*_specs(name), device, kernel)[0]
 
     assert chosen("w4g64") == "weight_only"
     assert [chosen(name) for name in ("w8a8", "w4za4z", "w8a8t", "w4g128a8")] == ["int8_mm"] * 4
     assert [chosen(name) for name in ("a8", "w8a8c", "w8a8g32", "w4g64a8")] == ["simulated"] * 4
     assert chosen("w8a8", "cuda") == "int8_mm" and chosen("w4g128a8", "cuda") == "simulated"
     assert chosen("w8a8", kernel="simulated") == "simulated"
+    assert [chosen(name) for name in ("nf4", "nf4-a8", "llm_int8")] == ["weight_only", "simulated", "llm_int8"]
     assert (
-        choose_kernel(Scheme.parse("w8a8c"), "cpu")[1]
+        choose_kernel(*_specs("w8a8c"), "cpu")[1]
         == "a scale per channel of inputs cannot leave an integer sum"
     )
 
@@ -155,8 +161,8 @@ def test_machines_and_sizes_that_integers_cannot_take_are_refused(monkeypatch: p
     with pytest.raises(
         SchemeError, match=r"fit int32 up to 132104 inputs: a.proj has 200000. Use kernel=simulated"
     ):
-        check_integers(Scheme.parse("w8a8"), {"a.proj": (8, 200_000)}, cpu)
-    check_integers(Scheme.parse("w8g128a8"), {"a.proj": (8, 200_000)}, cpu)
+        check_integers(*_specs("w8a8"), {"a.proj": (8, 200_000)}, cpu)
+    check_integers(*_specs("w8g128a8"), {"a.proj": (8, 200_000)}, cpu)
 
     def saturating(left: Tensor, right: Tensor, **_: Tensor) -> Tensor:
         return (left.long() @ right.long()).clamp(-(2**15), 2**15 - 1).int()
@@ -164,7 +170,7 @@ def test_machines_and_sizes_that_integers_cannot_take_are_refused(monkeypatch: p
     integer.sums_are_exact.cache_clear()
     monkeypatch.setattr(torch, "_int_mm", saturating)
     with pytest.raises(SchemeError, match="integer kernels need exact int8 products: cpu has none"):
-        check_integers(Scheme.parse("w8a8"), {}, cpu)
+        check_integers(*_specs("w8a8"), {}, cpu)
     integer.sums_are_exact.cache_clear()
 
 

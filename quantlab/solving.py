@@ -1,0 +1,296 @@
+"""Solving: codes for every linear that a scheme quantizes, layer by layer, with the statistics that its method needs.
+
+`solve_model` takes the way that the method asks for:
+
+    solve               each matrix by itself, or with the statistics of one calibration of the 16-bit model
+    solve_together      the same for several schemes of one method at once: GPTQ shares one factorization
+    solve_sequential    each layer sees inputs that come out of layers that were quantized already
+
+A linear's grid is the scheme's, or where the scheme is `mixed` that of the last pattern of `widths` that matches it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from probes.hooks import watch
+from quantlab.calibration.calibrator import Calibrator
+from quantlab.calibration.collect import Watcher
+from quantlab.calibration.statistics import LinearStats
+from quantlab.calibration.stream import BlockStep, batches, walk_blocks
+from quantlab.config import QuantizeConfig
+from quantlab.errors import SchemeError
+from quantlab.layers.linear import weight_of
+from quantlab.layers.targets import Target
+from quantlab.methods import awq, clip, gptq, hqq, rtn
+from quantlab.methods.autoround import tune_layer
+from quantlab.methods.config import MethodConfig
+from quantlab.methods.formats import quantize_format
+from quantlab.methods.solved import Solved
+from quantlab.schemes import METHODS, Scheme, TensorSpec, WeightFormat
+from quantlab.solutions import SolutionStore
+from quantlab.transforms.activation_aware import scale_inputs_
+from quantlab.transforms.apply import guard_of
+from quantlab.transforms.edit import Undo, restore, set_matrix_
+
+__all__ = ["QUANTIZERS", "Asked", "solve", "solve_model", "solve_sequential", "solve_together", "weights_of"]
+
+
+class Quantizer(Protocol):
+    """The signature that methods of single matrices share."""
+
+    def __call__(
+        self,
+        weight_OI: Tensor,
+        specs: Sequence[TensorSpec],
+        stats: LinearStats | None,
+        *,
+        scale_dtype: torch.dtype,
+        config: MethodConfig,
+    ) -> list[Solved]:
+        """One result for each spec."""
+
+
+QUANTIZERS: dict[str, Quantizer] = {
+    "rtn": rtn.quantize_weights,
+    "clip": clip.quantize_weights,
+    "wclip": clip.quantize_weights_by_inputs,
+    "gptq": gptq.quantize_weights,
+    "awq": awq.quantize_weights,
+    "hqq": hqq.quantize_weights,
+}
+"""Method -> what quantizes one matrix; autoround works on whole layers."""
+
+Stats = Mapping[str, LinearStats]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a model's linears."""
+
+    scheme: Scheme
+    config: QuantizeConfig
+    scale_dtype: torch.dtype = torch.float32
+
+
+def weights_of(name: str, asked: Asked) -> TensorSpec | WeightFormat | None:
+    """The grid of one linear; None where it stays at 16 bits."""
+    found = asked.scheme.weights
+    if asked.scheme.mixed:
+        for pattern, width in asked.config.widths.items():
+            if fnmatchcase(name, pattern):
+                found = Scheme.parse(width).weights
+    return found
+
+
+def solve_model(
+    model: nn.Module,
+    targets: Sequence[Target],
+    asked: Asked,
+    calibrator: Calibrator | None,
+    done: str,
+    store: SolutionStore | None,
+    undo: Undo,
+) -> tuple[dict[str, Solved], Stats]:
+    """Codes of every target that is not to stay at 16 bits, and the statistics that they were found with.
+
+    Args:
+        model: as the transforms of `done` have left it; AWQ's scales change it, which is noted in `undo`.
+        targets: linears of the decoder layers.
+        calibrator: where the scheme needs one.
+        store: keeps codes that took long.
+
+    Raises:
+        SchemeError: what the method says, with the name of the linear.
+        CalibrationError: the text or the model cannot be calibrated.
+    """
+    scheme = asked.scheme
+    stats: Stats = calibrator.linears(model, done) if calibrator and "inputs" in scheme.needs else {}
+    if scheme.weights is None or not targets:
+        return {}, stats
+    if scheme.method == "awq":
+        assert calibrator is not None
+        stats = _scale_for_awq_(model, targets, asked, calibrator, stats, undo)
+    layerwise = scheme.method == "autoround" or (
+        asked.config.methods.hessian == "sequential" and "inputs" in METHODS[scheme.method].needs
+    )
+    if layerwise:
+        assert calibrator is not None
+        ids_NT = calibrator.ids_NT
+        return _kept(store, asked, lambda: solve_sequential(model, targets, asked, ids_NT)), stats
+    if scheme.method == "gptq" and store is not None:
+        return _kept_together(model, targets, asked, stats, store), stats
+    return solve(model, targets, asked, stats), stats
+
+
+def _kept(
+    store: SolutionStore | None, asked: Asked, find: Callable[[], dict[str, Solved]]
+) -> dict[str, Solved]:
+    """Codes from the store, or found and put there."""
+    if store is None:
+        return find()
+    known = store.load(asked.scheme)
+    if known is None:
+        known = find()
+        with store.writing([asked.scheme]) as put:
+            for name, solved in known.items():
+                put(name, [solved])
+    return known
+
+
+def _kept_together(
+    model: nn.Module, targets: Sequence[Target], asked: Asked, stats: Stats, store: SolutionStore
+) -> dict[str, Solved]:
+    """Codes from the store, where every scheme of the run that shares the factorization is put at once."""
+    known = store.load(asked.scheme)
+    if known is None:
+        schemes = store.together(asked.scheme)
+        with store.writing(schemes) as put:
+            for name, solved in solve_together(
+                model, targets, [replace(asked, scheme=each) for each in schemes], stats
+            ):
+                put(name, solved)
+        known = store.load(asked.scheme)
+        assert known is not None, "what was written can be read"
+    return known
+
+
+def solve(model: nn.Module, targets: Sequence[Target], asked: Asked, stats: Stats) -> dict[str, Solved]:
+    """Codes of every target that is not to stay at 16 bits, by name; matrix by matrix."""
+    together = solve_together(model, targets, [asked], stats)
+    return {name: solved[0] for name, solved in together if solved[0] is not None}
+
+
+def solve_together(
+    model: nn.Module, targets: Sequence[Target], asked: Sequence[Asked], stats: Stats
+) -> Iterator[tuple[str, list[Solved | None]]]:
+    """Codes of each target in turn under several schemes of one method; None where it stays at 16 bits."""
+    assert len({each.scheme.method for each in asked}) == 1, (
+        "schemes that are solved together share their method"
+    )
+    for target in targets:
+        yield target.name, _solve_linear(model.get_submodule(target.name), target.name, asked, stats)
+
+
+def _scale_for_awq_(
+    model: nn.Module,
+    targets: Sequence[Target],
+    asked: Asked,
+    calibrator: Calibrator,
+    stats: Stats,
+    undo: Undo,
+) -> Stats:
+    """AWQ's scales on the model, and the statistics of what they leave of the inputs."""
+    specs = {target.name: weights_of(target.name, asked) for target in targets}
+    grids = {name: spec for name, spec in specs.items() if isinstance(spec, TensorSpec)}
+    scaled: dict[str, LinearStats] = {}
+
+    def scale(changes: Undo) -> list[str]:
+        found = scale_inputs_(
+            model, grids, stats, changes, scale_dtype=asked.scale_dtype, config=asked.config.methods
+        )
+        scaled.update(found)
+        return []
+
+    guard_of(model, calibrator.ids_NT, asked.config.transforms).apply("awq", scale, undo)
+    return scaled
+
+
+def solve_sequential(
+    model: nn.Module, targets: Sequence[Target], asked: Asked, ids_NT: Tensor, batch_size: int = 8
+) -> dict[str, Solved]:
+    """Codes of every target, each layer calibrated on inputs that come out of quantized layers.
+
+    The model is as before afterwards. Rounding by gradients (autoround) aims at the layer's own 16-bit outputs; with
+    `hessian: shared` its inputs are those of the 16-bit model.
+    """
+    undo: Undo = []
+    solved: dict[str, Solved] = {}
+    learned = asked.scheme.method == "autoround"
+    try:
+        for step in walk_blocks(model, ids_NT, batch_size=batch_size):
+            inside = [target.name for target in targets if target.name.startswith(f"{step.name}.")]
+            found = (_learn if learned else _calibrate)(model, step, inside, asked, batch_size)
+            solved |= found
+            if asked.config.methods.hessian == "sequential":
+                for name, each in found.items():
+                    _put_in(model, name, each, undo)
+                step.outputs_NTD = None
+    finally:
+        restore(undo)
+    return {target.name: solved[target.name] for target in targets if target.name in solved}
+
+
+def _calibrate(
+    model: nn.Module, step: BlockStep, names: Sequence[str], asked: Asked, batch_size: int
+) -> dict[str, Solved]:
+    """Codes of one layer's linears from the inputs that they see now."""
+    watcher = Watcher(step, names, (), torch.float32)
+    with watch(step.layer, watcher.places, watcher.see), torch.no_grad():
+        for start, stop in batches(len(step.inputs_NTD), batch_size):
+            step.run(start, stop)
+    stats = watcher.result(step.name).linears
+    found = {name: _solve_linear(model.get_submodule(name), name, [asked], stats)[0] for name in names}
+    return {name: solved for name, solved in found.items() if solved is not None}
+
+
+def _learn(
+    model: nn.Module, step: BlockStep, names: Sequence[str], asked: Asked, batch_size: int
+) -> dict[str, Solved]:
+    """Codes of one layer's linears by autoround."""
+    prefix = f"{step.name}."
+    specs = {name.removeprefix(prefix): weights_of(name, asked) for name in names}
+    grids = {name: spec for name, spec in specs.items() if isinstance(spec, TensorSpec)}
+    if not grids:
+        return {}
+    wanted_NTD = torch.empty_like(step.inputs_NTD)
+    with torch.no_grad():
+        for start, stop in batches(len(wanted_NTD), batch_size):
+            wanted_NTD[start:stop] = step.run(start, stop).cpu()
+    found = tune_layer(
+        step.layer,
+        grids,
+        lambda numbers: step.run_on(step.inputs_NTD[list(numbers)]),
+        wanted_NTD,
+        config=asked.config.methods.autoround,
+        scale_dtype=asked.scale_dtype,
+    )
+    step.outputs_NTD = wanted_NTD
+    return {prefix + name: solved for name, solved in found.items()}
+
+
+def _solve_linear(linear: nn.Module, name: str, asked: Sequence[Asked], stats: Stats) -> list[Solved | None]:
+    """One linear under each scheme; those on uniform grids go to the method in one call."""
+    grids = [weights_of(name, each) for each in asked]
+    weight_OI = weight_of(linear).detach()
+    first = asked[0]
+    specs = [grid for grid in grids if isinstance(grid, TensorSpec)]
+    quantizer, dtype = QUANTIZERS[first.scheme.method], first.scale_dtype
+    try:
+        on_grids = (
+            quantizer(weight_OI, specs, stats.get(name), scale_dtype=dtype, config=first.config.methods)
+            if specs
+            else []
+        )
+        rest = iter(on_grids)
+        return [
+            next(rest)
+            if isinstance(grid, TensorSpec)
+            else None
+            if grid is None
+            else quantize_format(weight_OI, grid, scale_dtype=dtype, name=name)
+            for grid in grids
+        ]
+    except SchemeError as error:
+        if name not in str(error):
+            error.add_note(f"in {name}")
+        raise
+
+
+def _put_in(model: nn.Module, name: str, solved: Solved, undo: Undo) -> None:
+    """Give a linear the weights that its codes stand for."""
+    set_matrix_(model, name, solved.quantized.dequantize().double(), undo)
