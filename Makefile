@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-gpu check benchmarks clean
+.PHONY: demo test test-slow test-gpu check benchmarks peers clean
 
 demo: $(VENV)/installed
 	$(BIN)/quantlab run configs/demo.yaml
@@ -29,6 +29,22 @@ benchmarks: $(VENV)/installed
 	$(BIN)/python benchmarks/differential_attention.py
 	$(BIN)/python benchmarks/golden_errors.py
 	$(BIN)/python benchmarks/hellaswag_throughput.py
+
+# gptqmodel's and hqq's results on SmolLM2, in an environment of their own, and the table of docs; hours on two cores.
+PEERS := .venv-peers
+peers: $(VENV)/installed $(PEERS)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers.py prepare
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python benchmarks/peers/hqq_weights.py
+	for method in gptq gptq-desc-act awq; do \
+	  OMP_NUM_THREADS=1 $(PEERS)/bin/python benchmarks/peers/gptqmodel_weights.py $$method || exit 1; done
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers.py score
+
+# gptqmodel asks for torch 2.14 and runs on 2.13, of which there is a wheel without CUDA: so without its dependencies.
+$(PEERS)/installed: benchmarks/peers/requirements.txt benchmarks/peers/requirements-no-deps.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers/requirements.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/peers/requirements-no-deps.txt
+	touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("quantlab needs Python 3.11 or newer, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
