@@ -56,7 +56,8 @@ def quantlab(weight_OI: Tensor, x_TI: Tensor, specs: list[TensorSpec], clip_step
     unread_I = torch.zeros(x_TI.shape[1])
     stats = LinearStats(gram_of(x_TI), unread_I, unread_I, unread_I, len(x_TI))
     return [
-        solved.quantized.dequantize() for solved in quantize_weights(weight_OI, specs, stats, config=CONFIG)
+        solved.quantized.dequantize()
+        for solved in quantize_weights(weight_OI, specs, stats, config=CONFIG, clip_steps=clip_steps)
     ]
 
 
