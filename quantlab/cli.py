@@ -280,6 +280,50 @@ def calibrate(
 
 
 @app.command()
+def allocate(
+    model: options.Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Recipe to write, a run file.")],
+    bits: Annotated[
+        float | None,
+        typer.Option(help="Budget: storage bits of a decoder weight on average, scales included."),
+    ] = None,
+    megabytes: Annotated[
+        float | None, typer.Option(help="Budget: MB (10^6 bytes) of the whole model.")
+    ] = None,
+    widths: Annotated[str | None, typer.Option(help="Candidates [w8,w6,w4g64,w3g64].")] = None,
+    method: Annotated[str | None, typer.Option(help="Weight method of the recipe [rtn].")] = None,
+    text: Annotated[str | None, typer.Option(help="UTF-8 text file [a held-out text of quantlab].")] = None,
+    sequence_length: options.SequenceLength = None,
+    num_sequences: options.NumSequences = None,
+    seed: options.Seed = None,
+    skip: options.Skip = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe if it exists.")] = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = None,
+    set_: options.Set = None,
+    json_: options.Json = False,
+) -> None:
+    """Mixed precision: the width of every linear under a budget, as a recipe that `quantlab run` takes."""
+    from quantlab import tables
+    from quantlab.allocation.allocate import allocate as allocate_widths
+    from quantlab.allocation.config import AllocationConfig
+    from quantlab.progress import counted
+    from quantlab.sections import build_section
+
+    blocks = options.given(path=text, sequence_length=sequence_length, num_sequences=num_sequences, seed=seed)
+    tree = options.given(bits=bits, megabytes=megabytes, method=method, skip=skip) | options.sections(
+        {"widths": tuple(widths.split(",")) if widths is not None else {}, "text": blocks}
+    )
+    tree["checkpoint"] = options.checkpoint(model, device, dtype, revision, trust_remote_code)
+    config = build_section(AllocationConfig, tree, set_ or ())
+    with counted("measuring sensitivities") as advance:
+        result = allocate_widths(config, out, overwrite=overwrite, advance=advance)
+    _show(json_, result, lambda: tables.listing("allocate", _said_of(result)))
+
+
+@app.command()
 def corpus(config_file: options.Training, set_: options.Set = None, json_: options.Json = False) -> None:
     """Token files and a tokenizer from the texts that a training names; `quantlab train` does it by itself."""
     from quantlab.train.config import load_train_config
@@ -416,6 +460,19 @@ def _finish(config: Any, json_: bool) -> None:
         result["export"] = _export(config)
     result["report"] = str(_build_report(config.folder))
     _show(json_, result, lambda: tables.run_table(records, result))
+
+
+def _said_of(allocation: dict[str, Any]) -> dict[str, str]:
+    """An allocation for people: all but the width of every linear, which stand in the recipe."""
+    sums = {"chosen": allocation} | {f"{width} alone": taken for width, taken in allocation["alone"].items()}
+    said = {
+        name: f"{taken['average_storage_bits']:.4f} bits a weight, {taken['weights_bytes'] / 1e6:.3f} MB, "
+        f"divergence {taken['divergence']:.4g} nats a token"
+        for name, taken in sums.items()
+    }
+    linears = ", ".join(f"{count} x {width}" for width, count in allocation["num_linears"].items())
+    places = {name: str(allocation[name]) for name in ("scheme", "recipe", "sensitivity")}
+    return said | {"linears": linears} | places
 
 
 def _export(config: Any) -> dict[str, Any]:
