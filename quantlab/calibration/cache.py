@@ -30,7 +30,7 @@ from quantlab.export.atomic import fsync
 from quantlab.records import fingerprint
 from quantlab.sweep.store import RunStore
 
-__all__ = ["FOLDER", "FORMAT_VERSION", "calibrated", "open_calibration"]
+__all__ = ["FOLDER", "FORMAT_VERSION", "calibrated", "linear_facts", "open_calibration"]
 
 FORMAT_VERSION = 1
 """Of the files; one more with every change of what they hold or mean."""
@@ -160,11 +160,7 @@ class _Partial:
             if stats.num_tokens:
                 gram = grams.setdefault(id(stats.gram_II), f"gram.{len(grams)}")
                 tensors[gram] = stats.gram_II
-            linears[name] = {
-                "gram": gram,
-                "num_tokens": stats.num_tokens,
-                "dtype": _name(stats.gram_II.dtype),
-            }
+            linears[name] = {"gram": gram, "dtype": _name(stats.gram_II.dtype), **_facts(stats)}
             tensors |= {f"{name}.{value}": getattr(stats, value).clone() for value in _VALUES}
         for name, attention in block.attention.items():
             for which in _RANGES:
@@ -180,8 +176,7 @@ class _Partial:
         for file in sorted(self.path.glob("*.safetensors"), key=lambda file: _natural(file.stem)):
             if file.stem != "ids":
                 about = _about(file)
-                names = {"linears": list(about["linears"]), "attention": about["attention"]}
-                layers[file.stem] = {"sha256": _digest(file)} | names
+                layers[file.stem] = {"sha256": _digest(file), **about}
         self._write("ids.safetensors", {"ids_NT": ids_NT.long().cpu().contiguous()}, {})
         index = {"made_by": self.made_by, "ids": _digest(self.path / "ids.safetensors"), "layers": layers}
         (self.path / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -195,6 +190,7 @@ class _Partial:
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:
             raise OutputError(f"calibration must be writable: {temporary}: {error}.") from error
+        temporary.chmod(0o644)  # the library makes files that only their owner may read
         fsync(temporary)
         temporary.replace(self.path / name)
 
@@ -257,6 +253,23 @@ class _Lazy(Mapping[str, Any]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
+
+
+def linear_facts(path: Path) -> dict[str, dict[str, Any]]:
+    """in_features, num_tokens, num_dead and num_constant of every linear, read from the index alone."""
+    layers = json.loads((path / "index.json").read_text(encoding="utf-8"))["layers"]
+    return {name: facts for entry in layers.values() for name, facts in entry["linears"].items()}
+
+
+def _facts(stats: LinearStats) -> dict[str, int]:
+    """What a method may stumble over: zero and constant channels, too few tokens."""
+    dead_I = stats.absmax_I == 0
+    return {
+        "in_features": len(dead_I),
+        "num_tokens": stats.num_tokens,
+        "num_dead": int(dead_I.sum()),
+        "num_constant": int(((stats.minimum_I == stats.maximum_I) & ~dead_I).sum()),
+    }
 
 
 def _about(file: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantlab.calibration.cache import FOLDER, calibrated
+from quantlab.calibration.cache import FOLDER, calibrated, linear_facts
 from quantlab.calibration.check import check_text_of
 from quantlab.calibration.collect import Calibration
 from quantlab.calibration.source import FolderSource, must_stream, open_lent
@@ -105,24 +105,17 @@ def _open(config: RunConfig) -> _Opened:
 
 def _summary(found: Calibration, path: Path) -> dict[str, Any]:
     """What a calibration holds, with what a method may stumble over."""
+    linears = linear_facts(path)
     notes = []
-    num_dead = num_constant = 0
-    short: dict[str, int] = {}
-    for name in found.linears:
-        stats = found.linears[name]
-        dead_I = stats.absmax_I == 0
-        num_dead += int(dead_I.sum())
-        num_constant += int(((stats.minimum_I == stats.maximum_I) & ~dead_I).sum())
-        if stats.num_tokens < len(dead_I):
-            short[name] = stats.num_tokens
-    if short:
-        name = next(iter(short))
+    if short := [name for name, facts in linears.items() if facts["num_tokens"] < facts["in_features"]]:
+        facts = linears[short[0]]
         notes.append(
-            f"{len(short)} linears saw fewer tokens than they have inputs, so their X^T X has no full rank: {name} saw "
-            f"{short[name]}."
+            f"{len(short)} linears saw fewer tokens than they have inputs, so their X^T X has no full rank: {short[0]} "
+            f"has {facts['in_features']} inputs and saw {facts['num_tokens']} tokens."
         )
-    notes += [f"{num_dead} input channels are zero on every token."] if num_dead else []
-    notes += [f"{num_constant} input channels are constant."] if num_constant else []
+    for what, name in (("zero on every token", "num_dead"), ("constant", "num_constant")):
+        if count := sum(facts[name] for facts in linears.values()):
+            notes.append(f"{count} input channels are {what}.")
     if not found.attention:
         notes.append("Attention has no sites in this architecture: no ranges of queries, keys and values.")
     size = sum(file.stat().st_size for file in path.iterdir())
