@@ -39,11 +39,27 @@ class Past:
     window: int
     """How many keys, up to the query's own, are not read from the cache."""
 
-    def recent(self, block: QueryBlock) -> Tensor:
-        """bool, broadcastable to [B, H, q, t]: the last `window` keys of each query, whose own is the last it sees."""
-        columns = torch.arange(1, block.visible.shape[-1] + 1, device=block.visible.device)
+    def ages(self, block: QueryBlock, step: int) -> "Ages":
+        """Which keys are recent: the last `window` of each query, whose own is the last that it sees."""
+        num_keys = block.visible.shape[-1]
+        columns = torch.arange(1, num_keys + 1, device=block.visible.device)
         own = (block.visible * columns).amax(-1, keepdim=True)
-        return columns > own - self.window
+        oldest, newest = (max(0, int(end) - self.window) for end in own.aminmax())
+        return Ages(
+            columns > own - self.window, oldest // step * step, min(num_keys, -(-newest // step) * step)
+        )
+
+
+@dataclass(frozen=True)
+class Ages:
+    """Where the keys of a block are read from."""
+
+    recent: Tensor
+    """bool, broadcastable to [B, H, q, t]."""
+    first: int
+    """Columns before it are older for every query; a multiple of the step in which keys are summed."""
+    last: int
+    """Columns from it on are recent for every query; likewise, or the number of keys."""
 
 
 @dataclass
@@ -92,21 +108,38 @@ class AttentionCall:
         batch, heads, _, width = self.query.shape
         query = _pad_rows(self.query[:, :, block.start : block.start + rows])
         query = query.reshape(self.key.shape[0], -1, width)
-        logits = self._products(query, self.key, block, "logits").view(batch, heads, -1, keys)[:, :, :rows]
-        if self.past is not None:
-            older = self._products(query, self.past.key, block, "older").view(batch, heads, -1, keys)
-            logits = torch.where(self.past.recent(block), logits, older[:, :, :rows])
+        if self.past is None:
+            logits = self._products(query, self.key[:, :, block.key_start :][..., :keys], "logits")
+        else:
+            logits = self._products_of_ages(query, self.past, block)
+        logits = logits.view(batch, heads, -1, keys)[:, :, :rows]
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         bias = self.mask.bias(block.start, block.start + rows, block.key_start, block.key_start + keys)
         return logits if bias is None else logits + bias
 
-    def _products(self, query: Tensor, key: Tensor, block: QueryBlock, buffer: str) -> Tensor:
+    def _products(self, query: Tensor, key: Tensor, buffer: str) -> Tensor:
         """[B * K, rows of the group, t]: scaled."""
-        keys = block.visible.shape[-1]
-        out = self._buffer(buffer, query, (*query.shape[:2], keys), query.dtype)
-        key = key[:, :, block.key_start : block.key_start + keys]
+        out = self._buffer(buffer, query, (*query.shape[:2], key.shape[-1]), query.dtype)
         return torch.baddbmm(query.new_zeros(1), query, key, beta=0, alpha=self.scaling, out=out)
+
+    def _products_of_ages(self, query: Tensor, past: Past, block: QueryBlock) -> Tensor:
+        """The same of recent keys as they are and of older ones from the cache."""
+        keys = slice(block.key_start, block.key_start + block.visible.shape[-1])
+        ages = past.ages(block, self.chunk)
+        newest = self._products(query, self.key[:, :, keys][..., ages.first :], "logits")
+        if not ages.last:
+            return newest
+        older = self._products(query, past.key[:, :, keys][..., : ages.last], "older")
+        shared = ages.last - ages.first
+        recent = _pad_rows(ages.recent[..., ages.first : ages.last]).expand(*self.query.shape[:2], -1, -1)
+        mixed = torch.where(
+            recent,
+            newest[..., :shared].reshape(recent.shape),
+            older[..., ages.first :].reshape(recent.shape),
+        )
+        parts = older[..., : ages.first], mixed.view(*newest.shape[:2], shared), newest[..., shared:]
+        return torch.cat(parts, -1)
 
     def probs(self, logits_BHqt: Tensor, block: QueryBlock) -> Tensor:
         """[B, H, q, t]: what the call's rule makes of the logits; may write into them."""
@@ -129,13 +162,17 @@ class AttentionCall:
     def outputs(self, probs_BHqt: Tensor, block: QueryBlock) -> Tensor:
         """[B, q, H, d]: probabilities (or joined maps) times values."""
         if self.past is None:
-            return self._weighted(probs_BHqt, self.value, block)
-        recent = self.past.recent(block)
-        newest = self._weighted(probs_BHqt.masked_fill(~recent, 0.0), self.value, block)
-        return newest + self._weighted(probs_BHqt.masked_fill(recent, 0.0), self.past.value, block)
+            return self._weighted(probs_BHqt, self.value, block.key_start)
+        ages = self.past.ages(block, self.chunk)
+        probs, recent = probs_BHqt[..., ages.first :], ages.recent[..., ages.first :]
+        newest = self._weighted(probs.masked_fill(~recent, 0.0), self.value, block.key_start + ages.first)
+        if not ages.last:
+            return newest
+        probs, recent = probs_BHqt[..., : ages.last], ages.recent[..., : ages.last]
+        return newest + self._weighted(probs.masked_fill(recent, 0.0), self.past.value, block.key_start)
 
-    def _weighted(self, probs_BHqt: Tensor, value: Tensor, block: QueryBlock) -> Tensor:
-        """[B, q, H, d]."""
+    def _weighted(self, probs_BHqt: Tensor, value: Tensor, key_start: int) -> Tensor:
+        """[B, q, H, d]: weights of the keys from `key_start` on times their values."""
         batch, heads, rows, keys = probs_BHqt.shape
         probs = _pad_rows(probs_BHqt).reshape(value.shape[0], -1, keys)
         # Sums in chunks only where they are not rounded to fewer bits between chunks.
@@ -144,7 +181,7 @@ class AttentionCall:
         out = probs.new_zeros(*probs.shape[:2], value.shape[-1])
         for start in range(0, keys, step):
             part = probs[..., start : start + step]
-            chunk = value[:, block.key_start + start :][:, :step]
+            chunk = value[:, key_start + start :][:, :step]
             # The last chunk is as long in every block, so that its sum is the same.
             if exact and part.shape[-1] < chunk.shape[1]:
                 part = F.pad(part, (0, chunk.shape[1] - part.shape[-1]))
