@@ -19,6 +19,7 @@ from quantlab.transforms.fold import fold_
 from quantlab.transforms.guard import Guard
 from quantlab.transforms.rotate import rotate_
 from quantlab.transforms.smooth import smooth_
+from quantlab.transforms.spin import spin_
 
 __all__ = ["MAKERS", "guard_of", "transform_", "transformed"]
 
@@ -30,6 +31,17 @@ MAKERS: dict[str, Maker] = {
     "smooth": lambda model, ids, stats, config, undo: smooth_(model, stats, undo, config.smooth_alpha),
     "rotate": lambda model, ids, stats, config, undo: rotate_(
         model, undo, seed=config.rotate_seed, parts=config.rotate_parts
+    ),
+    "spin": lambda model, ids, stats, config, undo: spin_(
+        model,
+        ids[: config.spin_sequences],
+        undo,
+        seed=config.rotate_seed,
+        parts=config.rotate_parts,
+        bits=config.spin_bits,
+        num_steps=config.spin_steps,
+        num_vectors=config.spin_vectors,
+        learning_rate=config.spin_learning_rate,
     ),
 }
 """Name in a scheme -> what makes the transform: (model, ids_NT, stats, config, undo) to notes."""

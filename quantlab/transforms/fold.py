@@ -36,12 +36,14 @@ def fold_(model: nn.Module, undo: Undo) -> list[str]:
 
 
 def fold_norm_(model: nn.Module, edge: Edge, undo: Undo) -> None:
-    """Fold the gain and bias of one norm; nothing happens to one that has none."""
+    """Fold the gain and bias of one norm; nothing happens to one that has none, or 1s."""
     norm, _ = locate(model, edge.source)
     gain = getattr(norm, "weight", None)
     if gain is None:
         return
     gain_S = gain.detach().double() + edge.offset
+    if bool((gain_S == 1).all()) and getattr(norm, "bias", None) is None:
+        return
     values = {"weight": torch.full_like(gain_S, 1.0 - edge.offset)}
     bias = getattr(norm, "bias", None)
     if bias is not None:

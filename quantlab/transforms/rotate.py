@@ -24,7 +24,7 @@ from quantlab.transforms.edit import Undo, locate, matrix_of, replace_, set_matr
 from quantlab.transforms.fold import fold_final_, fold_norm_
 from quantlab.transforms.hadamard import hadamard_order, random_rotation
 
-__all__ = ["PARTS", "declared_parts", "fold_residual_", "rotate_", "rotate_residual_"]
+__all__ = ["PARTS", "check_parts", "declared_parts", "fold_residual_", "rotate_", "rotate_residual_"]
 
 Turn = Callable[[Tensor], Tensor]
 PARTS = ("residual", "values", "down")
@@ -47,7 +47,7 @@ def rotate_(
     Raises:
         SchemeError: the architecture does not declare a part.
     """
-    _check_parts(model, parts)
+    check_parts(model, parts)
     generator, graph, notes = torch.Generator().manual_seed(seed), graph_for(model), []
     if "residual" in parts:
         notes += fold_residual_(model, undo)
@@ -63,7 +63,8 @@ def rotate_(
         notes += _sizes(names, [matrix_of(locate(model, name)[0]).shape[1] for name in names])
         for name in names:
             linear, _ = locate(model, name)
-            replace_(model, linear, RotatedLinear(linear), undo)
+            if not isinstance(linear, RotatedLinear):
+                replace_(model, linear, RotatedLinear(linear), undo)
     return notes
 
 
@@ -142,7 +143,8 @@ def _embedding_of(graph: Graph) -> str:
     return graph.residual.embedding
 
 
-def _check_parts(model: nn.Module, parts: Sequence[str]) -> None:
+def check_parts(model: nn.Module, parts: Sequence[str]) -> None:
+    """Refuse parts that the model's architecture does not declare."""
     declared, graph = declared_parts(model), graph_for(model)
     for part in parts:
         if part not in PARTS:
