@@ -31,12 +31,13 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.configuration_utils import PreTrainedConfig
 
+from probes.ages import Past
 from probes.errors import ProbeError
 from probes.hooks import around
 from probes.maps import MapRule
 from probes.mask_rules import as_mask, mask_rule
 from probes.masks import Mask
-from probes.query_blocks import AttentionCall, Past, rows_of_block
+from probes.query_blocks import AttentionCall, rows_of_block
 from probes.sites import Aged, QueryBlock, Site, Tokens, attention_layers, decoder_stack
 
 MAP_SITES = ("attn_logits", "attn_probs", "attn_effective")
