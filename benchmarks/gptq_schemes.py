@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from quantlab.calibration.statistics import LinearStats
 from quantlab.methods.config import GptqConfig, MethodConfig
-from quantlab.methods.gptq import CLIP_STEPS, quantize_weights
+from quantlab.methods.gptq import quantize_weights
 from quantlab.methods.grids import fit_grid
 from quantlab.schemes import Scheme, TensorSpec
 
@@ -48,16 +48,17 @@ def gram_of(x_TI: Tensor) -> Tensor:
 
 def searched(weight_OI: Tensor, x_TI: Tensor, specs: list[TensorSpec]) -> list[Tensor]:
     """The same on searched ranges, quantlab's default."""
-    return quantlab(weight_OI, x_TI, specs, clip_steps=CLIP_STEPS)
+    return quantlab(weight_OI, x_TI, specs, MethodConfig())
 
 
-def quantlab(weight_OI: Tensor, x_TI: Tensor, specs: list[TensorSpec], clip_steps: int = 1) -> list[Tensor]:
+def quantlab(
+    weight_OI: Tensor, x_TI: Tensor, specs: list[TensorSpec], config: MethodConfig = CONFIG
+) -> list[Tensor]:
     """All specs from one Hessian."""
     unread_I = torch.zeros(x_TI.shape[1])
     stats = LinearStats(gram_of(x_TI), unread_I, unread_I, unread_I, len(x_TI))
     return [
-        solved.quantized.dequantize()
-        for solved in quantize_weights(weight_OI, specs, stats, config=CONFIG, clip_steps=clip_steps)
+        solved.quantized.dequantize() for solved in quantize_weights(weight_OI, specs, stats, config=config)
     ]
 
 

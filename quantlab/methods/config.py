@@ -18,6 +18,8 @@ class GptqConfig(Section):
     """Scales of groups are fixed before the first column, so that act-order leaves groups whole and needs no g_idx."""
     block_size: int = Field(128, ge=1)
     """Columns whose errors are fed back before the rest of the matrix is updated."""
+    clip_steps: int = Field(12, ge=1)
+    """Ranges that are tried for every group, from the one that covers it down; 1 keeps that one, as the paper does."""
     damping: float = Field(0.01, gt=0, le=1)
     """Part of the mean diagonal of X^T X that is added to it; raised step by step where the matrix is singular."""
 
@@ -26,7 +28,7 @@ class AwqConfig(Section):
     """AWQ's search."""
 
     num_steps: int = Field(20, ge=2)
-    """Grid points of the exponent of the scales, from 0 up to 1."""
+    """Grid points of the exponent of the scales, from 0 up to 1, in each of two families."""
     clip: bool = True
     """Search a shrunk range of every group after scaling."""
 

@@ -23,10 +23,7 @@ from quantlab.methods.solved import Solved
 from quantlab.numerics.affine import QuantizedTensor
 from quantlab.schemes import TensorSpec
 
-__all__ = ["CLIP_STEPS", "quantize_weights"]
-
-CLIP_STEPS = 12
-"""Ranges that are tried for every group; 1 keeps the full range, as the paper does."""
+__all__ = ["quantize_weights"]
 
 _DEFAULTS = MethodConfig()
 _LARGE = 2.0**64
@@ -39,7 +36,6 @@ def quantize_weights(
     *,
     scale_dtype: torch.dtype = torch.float32,
     config: MethodConfig = _DEFAULTS,
-    clip_steps: int = CLIP_STEPS,
 ) -> list[Solved]:
     """Quantize one matrix to every spec, bit for bit as each would be alone.
 
@@ -47,8 +43,8 @@ def quantize_weights(
     group begins (`config.gptq.static_groups` off). Weights of dead channels widen no range, and take their nearest
     codes: that costs nothing on calibration tokens, and least on a token that does reach them.
 
-    A range is the one of `clip_steps` shrunk ones with the least sum of d_k (w_k - Q(w_k))^2, d the pivots of the
-    Hessian (`hessian`): the loss of GPTQ itself, if targets are spread as the weights are.
+    A range is the one of `config.gptq.clip_steps` shrunk ones with the least sum of d_k (w_k - Q(w_k))^2, d the pivots
+    of the Hessian (`hessian`): the loss of GPTQ itself, if targets are spread as the weights are.
 
     Raises:
         SchemeError: no statistics, values that are not finite, a group_size that does not divide I, or a scale that
@@ -60,14 +56,12 @@ def quantize_weights(
     note = "; ".join((*_shortage(stats), *feedback.notes))
     weight_OI = weight_OI.detach().float()
     static = [spec for spec in specs if config.gptq.static_groups or spec.group_size is None]
-    together = iter(
-        _solve_static(weight_OI, static, feedback, scale_dtype, config.gptq.block_size, clip_steps)
-    )
+    together = iter(_solve_static(weight_OI, static, feedback, scale_dtype, config.gptq))
     return [
         Solved(
             next(together)
             if spec in static
-            else _solve_dynamic(weight_OI, spec, feedback, scale_dtype, clip_steps),
+            else _solve_dynamic(weight_OI, spec, feedback, scale_dtype, config.gptq),
             note,
         )
         for spec in specs
@@ -111,8 +105,7 @@ def _solve_static(
     specs: list[TensorSpec],
     feedback: Feedback,
     scale_dtype: torch.dtype,
-    block_size: int,
-    clip_steps: int,
+    config: GptqConfig,
 ) -> list[QuantizedTensor]:
     """Every spec in one pass: all ranges are known before it begins."""
     if not specs:
@@ -120,7 +113,7 @@ def _solve_static(
     padded_OI = _padded(weight_OI)
     live = (without_dead(padded_OI, feedback.dead_I, spec) for spec in specs)
     grids = [
-        fit_grid(live_OI, spec, scale_dtype, feedback.pivots_I, clip_steps)
+        fit_grid(live_OI, spec, scale_dtype, feedback.pivots_I, config.clip_steps)
         for live_OI, spec in zip(live, specs, strict=True)
     ]
     weight_IO = _laid_out(padded_OI, feedback)
@@ -128,12 +121,12 @@ def _solve_static(
     def grid_of(start: int, stop: int, target_SBO: Tensor) -> BlockGrid:
         return stacked(grids, feedback.order_I[start:stop], weight_IO.dtype)
 
-    codes_SIO = _solve(weight_IO, feedback, grid_of, len(specs), block_size)
+    codes_SIO = _solve(weight_IO, feedback, grid_of, len(specs), config.block_size)
     return [grid.quantized(codes_IO, len(weight_OI)) for grid, codes_IO in zip(grids, codes_SIO, strict=True)]
 
 
 def _solve_dynamic(
-    weight_OI: Tensor, spec: TensorSpec, feedback: Feedback, scale_dtype: torch.dtype, clip_steps: int
+    weight_OI: Tensor, spec: TensorSpec, feedback: Feedback, scale_dtype: torch.dtype, config: GptqConfig
 ) -> QuantizedTensor:
     """One spec whose groups find their scales when their turn comes: a block is a group."""
     assert spec.group_size is not None
@@ -146,7 +139,7 @@ def _solve_dynamic(
         seen_BO = fed_back(weight_IO[start:stop], target_SBO[0], upper_II[start:stop, start:stop])
         live_OB = without_dead(seen_BO.t(), feedback.dead_I[start:stop], alone)
         pivots_B = feedback.pivots_I[start:stop]
-        grids.append(fit_grid(live_OB, alone, scale_dtype, pivots_B, clip_steps))
+        grids.append(fit_grid(live_OB, alone, scale_dtype, pivots_B, config.clip_steps))
         return stacked(grids[-1:], feedback.order_I[start:stop], weight_IO.dtype)
 
     (codes_IO,) = _solve(weight_IO, feedback, grid_of, 1, spec.group_size)

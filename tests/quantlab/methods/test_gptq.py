@@ -67,7 +67,8 @@ def solve(
     weight_OI: Tensor, spec: TensorSpec, stats: LinearStats, config: MethodConfig = DEFAULT
 ) -> QuantizedTensor:
     """On full ranges, which is what the textbook and RTN take."""
-    (solved,) = quantize_weights(weight_OI, [spec], stats, config=config, clip_steps=1)
+    full = config.model_copy(update={"gptq": config.gptq.model_copy(update={"clip_steps": 1})})
+    (solved,) = quantize_weights(weight_OI, [spec], stats, config=full)
     assert isinstance(solved.quantized, QuantizedTensor)
     return solved.quantized
 
@@ -289,7 +290,7 @@ def test_a_group_of_dead_channels_alone_still_has_a_range():
 def test_without_any_input_it_is_rtn_and_says_so():
     weight_OI = random(OUTPUTS, INPUTS)
     (solved,) = quantize_weights(
-        weight_OI, [group(4, 16)], stats_of(torch.zeros(TOKENS, INPUTS)), clip_steps=1
+        weight_OI, [group(4, 16)], stats_of(torch.zeros(TOKENS, INPUTS)), config=settings(clip_steps=1)
     )
     assert torch.equal(solved.quantized.dequantize(), nearest(weight_OI, group(4, 16)))
     assert "rtn: every input was 0" in solved.note
@@ -320,7 +321,7 @@ def solved_from(gram_II: Tensor, **gptq: object) -> Solved:
     zero_I = torch.zeros(INPUTS)
     stats = LinearStats(gram_II, zero_I, zero_I, zero_I, TOKENS)
     weight_OI = random(OUTPUTS, INPUTS)
-    return quantize_weights(weight_OI, [channel(4)], stats, config=settings(**gptq), clip_steps=1)[0]
+    return quantize_weights(weight_OI, [channel(4)], stats, config=settings(clip_steps=1, **gptq))[0]
 
 
 @pytest.mark.parametrize(
