@@ -178,6 +178,46 @@ GRAPHS: dict[str, Graph] = {
         unrotated=_LAYER_NORM,
         needs=(("do_layer_norm_before", True), ("layer_norm_elementwise_affine", True)),
     ),
+    "gptj": Graph(
+        "transformer.h",
+        (Norm("ln_1", ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc_in")),),
+        down="mlp.fc_out",
+        values=Values("attn.v_proj", "attn.out_proj"),
+        unrotated=_LAYER_NORM,
+    ),
+    "gpt_neo": Graph(
+        "transformer.h",
+        (Norm("ln_1", tuple(f"attn.attention.{name}_proj" for name in "qkv")), Norm("ln_2", ("mlp.c_fc",))),
+        down="mlp.c_proj",
+        values=Values("attn.attention.v_proj", "attn.attention.out_proj"),
+        unrotated=_LAYER_NORM,
+    ),
+    "bloom": Graph(
+        "transformer.h",
+        (
+            Norm("input_layernorm", ("self_attention.query_key_value",)),
+            Norm("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+        ),
+        down="mlp.dense_4h_to_h",
+        values=Values("self_attention.query_key_value", "self_attention.dense", "within_heads"),
+        unrotated=_LAYER_NORM,
+        needs=(("apply_residual_connection_post_layernorm", False), ("slow_but_exact", False)),
+    ),
+    # Its values may be clipped (clip_qkv), which neither scales nor turns: not declared.
+    "mpt": Graph(
+        "transformer.blocks",
+        (Norm("norm_1", ("attn.Wqkv",)), Norm("norm_2", ("ffn.up_proj",))),
+        down="ffn.down_proj",
+        unrotated=_LAYER_NORM,
+    ),
+    # Where its values lie depends on three fields of the config: not declared.
+    "falcon": Graph(
+        "transformer.h",
+        (Norm("input_layernorm", ("self_attention.query_key_value", "mlp.dense_h_to_4h")),),
+        down="mlp.dense_4h_to_h",
+        unrotated=_LAYER_NORM,
+        needs=(("new_decoder_architecture", False), ("parallel_attn", True)),
+    ),
 }
 """`model_type` -> Graph, but for quantlab's own models."""
 

@@ -41,6 +41,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         for variant in VARIANTS
         for options in VARIANT_OPTIONS.get(variant, [{}])
     },
+    # Several value heads, so that their order matters: the toys of these have one.
+    "diffllama 4 keys": ("diffllama", {"num_key_value_heads": 4}),
+    "diff_v1 halves, 4 keys": (
+        "quantlab",
+        {"variant": "diff_v1", "variant_options": {"pairing": "halves"}, "num_key_value_heads": 4},
+    ),
+    "diff_v1 8 heads": (
+        "quantlab",
+        {"variant": "diff_v1", "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8},
+    ),
+    "grouped_diff 8 heads": (
+        "quantlab",
+        {"variant": "grouped_diff", "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8},
+    ),
 }
 """Name of a test case -> family and what differs from the toy's configuration."""
 

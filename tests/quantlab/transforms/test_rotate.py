@@ -79,9 +79,11 @@ def test_each_rotation_keeps_the_function_and_comes_back(case: str, dtype: torch
 def test_which_parts_are_declared() -> None:
     declared = {case: rotate.declared_parts(random_model(case)) for case in CASES}
     without = {case.split()[0] for case, parts in declared.items() if "residual" not in parts}
-    assert without == {"gemma2", "gemma3_text", "gpt2", "gpt_neox", "opt", "continuous_depth"}
+    layer_norms = {"gpt2", "gpt_neox", "opt", "gptj", "gpt_neo", "bloom", "mpt", "falcon"}
+    assert without == layer_norms | {"gemma2", "gemma3_text", "continuous_depth"}
     assert "residual" in declared["continuous_depth conditioned=False"]
-    assert all({"values", "down"} <= set(parts) for parts in declared.values())
+    assert {case for case, parts in declared.items() if "values" not in parts} == {"mpt", "falcon"}
+    assert all("down" in parts for parts in declared.values())
 
 
 @pytest.mark.parametrize(
