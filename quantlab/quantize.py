@@ -223,6 +223,8 @@ def _swap_linear(model: nn.Module, target: Target, work: _Work, undo: Undo) -> C
     )
     # A matrix of several names has the codes of its first.
     solved = work.solved.get(target.tied_to or target.name)
+    if kernel == "int8_mm" and scheme.method == "hqq":
+        kernel, reason = "simulated", "zero points of hqq are real numbers"
     storage_bits = 16 * target.num_weights
     if solved is not None:
         storage_bits = 0 if target.tied_to else solved.quantized.storage_bits(8 * dtype.itemsize)

@@ -24,7 +24,7 @@ class QuantizedTensor:
     scale: Tensor
     """[O, G], [O, 1] per channel or [1, 1] per tensor; float32 values that the stored dtype holds exactly."""
     zero_point: Tensor | None
-    """int32, shape of `scale`, within the grid; None on a symmetric grid."""
+    """int32, shape of `scale`, within the grid; None on a symmetric grid. HQQ's are float32, rounded as scales are."""
     qtype: QType
     """The grid of the codes."""
 
@@ -37,6 +37,8 @@ class QuantizedTensor:
     def storage_bits(self, scale_bits: int) -> int:
         """Bits of the codes, scales (`scale_bits` each) and zero points when they are packed densely."""
         zero_point_bits = 0 if self.zero_point is None else self.qtype.bits
+        if self.zero_point is not None and self.zero_point.is_floating_point():
+            zero_point_bits = scale_bits
         return self.codes.numel() * self.qtype.bits + self.scale.numel() * (scale_bits + zero_point_bits)
 
 
@@ -100,7 +102,10 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, qtype: QT
 
 def _round_to_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, qtype: QType) -> Tensor:
     """Codes of x as float32, in memory of their own."""
-    codes = torch.div(x.float(), scale).round_()
+    codes = torch.div(x.float(), scale)
+    if zero_point is not None and zero_point.is_floating_point():
+        return codes.add_(zero_point).round_().clamp_(qtype.qmin, qtype.qmax)
+    codes.round_()
     if zero_point is not None:
         codes.add_(zero_point)
     return codes.clamp_(qtype.qmin, qtype.qmax)

@@ -69,7 +69,9 @@ METHODS: dict[str, Word] = {
     "wclip": Word("the same, errors weighted by the second moments of the inputs", _INPUTS),
     "gptq": Word("column after column, each error fed back into the rest (GPTQ)", _INPUTS),
     "awq": Word("input channels scaled by their magnitude before rounding, and clip search (AWQ)", _INPUTS),
-    "hqq": Word("half-quadratic fit of the grid to the weights alone (HQQ)", _NOTHING),
+    "hqq": Word(
+        "zero points fitted to the weights alone, half-quadratically (HQQ); of grids with z", _NOTHING
+    ),
     "autoround": Word("rounding learned by signed gradients, decoder layer by decoder layer", _TOKENS),
 }
 """How weight codes are chosen."""

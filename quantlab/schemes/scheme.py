@@ -75,6 +75,10 @@ class Scheme:
             if not isinstance(self.weights, TensorSpec):
                 found = self.format or "none"
                 raise SchemeError(f"{word} needs weights on a uniform grid (w4g64-{word}): found {found}.")
+        if self.method == "hqq" and isinstance(self.weights, TensorSpec) and self.weights.symmetric:
+            raise SchemeError(
+                "hqq fits the zero points of weights: a symmetric grid has none. Add z, as in w4g64z-hqq."
+            )
         if self.weights is None and "bias" in self.transforms:
             raise SchemeError("bias makes up for the error of quantized weights: found none (w4g64-bias).")
 

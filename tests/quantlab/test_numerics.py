@@ -41,6 +41,14 @@ def half_step(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     return bound
 
 
+def test_a_real_zero_point_shifts_before_rounding() -> None:
+    """(code - z) scale with z = 2.4: 0.35 / 0.5 + 2.4 = 3.1 is code 3, which stands for 0.3."""
+    x, scale, zero_point = torch.tensor([0.35, -9.0]), torch.tensor(0.5), torch.tensor(2.4)
+    codes = quantize(x, scale, zero_point, QType(4, symmetric=False))
+    assert codes.tolist() == [3, 0]
+    assert torch.allclose(dequantize(codes, scale, zero_point), torch.tensor([0.3, -1.2]))
+
+
 @given(BITS, st.booleans(), st.sampled_from([-20.0, -1.0, 0.0, 0.3, 50.0]), st.integers(0, 99))
 @settings(deadline=None)
 def test_error_is_at_most_half_a_step(bits: int, symmetric: bool, shift: float, seed: int) -> None:

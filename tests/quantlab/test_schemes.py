@@ -40,7 +40,11 @@ NAMED = st.builds(
         scheme
         if scheme.weights is None
         else replace(
-            scheme, method=method, transforms=tuple(t for t in TRANSFORMS if t in transforms), mixed=mixed
+            scheme,
+            weights=replace(scheme.weights, symmetric=scheme.weights.symmetric and method != "hqq"),
+            method=method,
+            transforms=tuple(t for t in TRANSFORMS if t in transforms),
+            mixed=mixed,
         )
     ),
     ALL_SCHEMES,
@@ -151,6 +155,7 @@ def test_other_spellings(text: str, name: str) -> None:
         ("w4-rotate-spin", "spin is rotate with a learned rotation"),
         ("a8-bias", "bias makes up for the error of quantized weights: found none"),
         ("l8t-mixed", "mixed needs weights on a uniform grid"),
+        ("w4g64-hqq", "hqq fits the zero points of weights: a symmetric grid has none. Add z"),
         ("llm_int8-a8", "llm_int8 quantizes the inputs of linears its own way"),
         ("q6_k", "format 'q6_k' is not available"),
         ("l6t-Q8_0", "format 'q8_0' is not available"),
@@ -231,7 +236,7 @@ def test_which_schemes_round_values() -> None:
 def test_what_schemes_need_of_calibration() -> None:
     needs = {
         "w4g64": set(),
-        "w4-hqq": set(),
+        "w4z-hqq": set(),
         "kv8a8": set(),
         "w4-gptq": {"tokens", "inputs"},
         "w4-autoround": {"tokens"},
