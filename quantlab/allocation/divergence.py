@@ -1,7 +1,7 @@
 """Divergence of next-token distributions from those of the 16-bit model: KL(p || q), in nats.
 
-With d = logits of q - logits of p, KL(p || q) = log E_p[exp(d)] - E_p[d] = log(1 + E_p[exp(d) - 1]) - E_p[d]: whatever
-both logits share cancels before anything is rounded, so that divergences of 1e-8 nats are numbers and no noise.
+With d = logits of q - logits of p, less its mean under p, KL(p || q) = log E_p[exp(d)] = log(1 + E_p[exp(d) - 1]):
+whatever both logits share cancels before anything is rounded, so that divergences of 1e-8 nats are numbers, no noise.
 
 R rows (one a token), V entries of the vocabulary.
 """
@@ -34,8 +34,15 @@ class Reference:
 
 def _divergence(logits_RV: Tensor, reference_RV: Tensor, probs_RV: Tensor) -> Tensor:
     """KL of each row, float32."""
-    difference_RV = logits_RV.float() - reference_RV.float()
-    mean_R = torch.linalg.vecdot(probs_RV, difference_RV)
-    excess_R: Tensor = torch.linalg.vecdot(probs_RV, difference_RV.expm1_())
-    found_R: Tensor = excess_R.log1p_() - mean_R
-    return found_R
+    d_RV = logits_RV.float() - reference_RV.float()
+    d_RV -= torch.linalg.vecdot(probs_RV, d_RV).unsqueeze(-1)
+    # Not quite 0: probabilities sum to 1 up to rounding, which many nats of shift would multiply.
+    rest_R = torch.linalg.vecdot(probs_RV, d_RV)
+    found_R: Tensor = torch.linalg.vecdot(probs_RV, d_RV.expm1()).log1p_()
+    far_R = ~found_R.isfinite()
+    if (
+        far_R.any()
+    ):  # exp(d) overflows: the same sum in logarithms, which is off by 1e-6 nats where those matter little
+        log_p_RV = reference_RV[far_R].float().log_softmax(-1)
+        found_R[far_R] = (log_p_RV + d_RV[far_R]).logsumexp(-1)
+    return found_R - rest_R

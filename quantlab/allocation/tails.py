@@ -33,7 +33,7 @@ class Tails:
         with watch(model, names, lambda name, _module, _args, output: kept[name].append(_copy(output))):
             self.clean_TV = self._forward()
         """Logits [T, V] of the model as it is."""
-        once = len(names) == len(self.layers) and all(len(outputs) == 1 for outputs in kept.values())
+        once = all(len(outputs) == 1 for outputs in kept.values())
         self._kept = [outputs[0] for outputs in kept.values()] if once else []
         self._begins = {index for index in range(len(self._kept)) if self._is_exact(index)}
 
