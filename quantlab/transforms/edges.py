@@ -82,7 +82,9 @@ def graph_for(model: nn.Module) -> Graph:
 
 def layer_names(model: nn.Module, graph: Graph) -> list[str]:
     """Prefixes of the decoder layers, such as `model.layers.0.`."""
-    return [f"{graph.layers}.{index}." for index in range(len(model.get_submodule(graph.layers)))]  # type: ignore[arg-type]
+    layers, _ = locate(model, graph.layers)
+    assert isinstance(layers, nn.ModuleList)
+    return [f"{graph.layers}.{index}." for index in range(len(layers))]
 
 
 def find_edges(

@@ -5,7 +5,6 @@ computed in float64 and rounded once, to the dtype of the old ones. O outputs, I
 """
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -129,8 +128,3 @@ def check_scales(scales: Tensor, count: int, where: str) -> Tensor:
     if not bool((torch.isfinite(wide) & (wide > 0)).all()):
         raise SchemeError(f"scales must be finite and above 0: {where} got {float(wide.min())} among others.")
     return wide
-
-
-def names_of(names: Sequence[str]) -> str:
-    """Names for a sentence, the first four of them."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

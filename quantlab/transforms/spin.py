@@ -11,7 +11,7 @@ random Hadamard rotation it starts from.
     A = G Q^T - Q G^T,  Q' = (I + t A / 2)^-1 (I - t A / 2) Q,  t |A|_2 about `learning_rate`, falling to 0
 
 What it is not: SpinQuant lowers the loss of the quantized network by end-to-end gradients; E is a stand-in that needs
-one forward pass. Whether a lower E lowers perplexity is to be measured. Source: SpinQuant, arXiv:2405.16406, section
+one forward pass. Nothing says that a lower E is a lower perplexity. Source: SpinQuant, arXiv:2405.16406, section
 3; Cayley SGD, Li et al. 2020, arXiv:2002.01113.
 
 Letters: N sampled vectors, D hidden channels.

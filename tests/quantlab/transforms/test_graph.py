@@ -33,6 +33,13 @@ def test_a_config_that_the_graph_does_not_cover_is_refused() -> None:
         graph_for(model)
 
 
+def test_a_model_without_the_modules_of_its_graph_is_refused() -> None:
+    with pytest.raises(
+        SchemeError, match=r"the graph of LlamaModel names model\.layers, which this model has not"
+    ):
+        find_edges(toy_model("llama").model)
+
+
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("diff_v2", "gated", "dex")])
 def test_scale_does_not_pass_through_a_norm_of_heads(variant: str) -> None:
     graph = VARIANT_GRAPHS[variant]
