@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from quantlab.config import CheckpointConfig
+from quantlab.config import CheckpointConfig, QuantizeConfig
 from quantlab.export.compressed_tensors import pack_rows
 from quantlab.export.folder import export_checkpoint
 from quantlab.methods.rtn import quantize_weight
@@ -84,7 +84,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory, ids: Tensor) -> Path:
 
 def ours(checkpoint: Checkpoint, scheme: str, ids: Tensor) -> Tensor:
     """Logits of our own simulated model."""
-    with torch.no_grad(), quantized(checkpoint.model, Scheme.parse(scheme), QuantizeConfig(kernel="simulated")):
+    with (
+        torch.no_grad(),
+        quantized(checkpoint.model, Scheme.parse(scheme), QuantizeConfig(kernel="simulated")),
+    ):
         logits: Tensor = checkpoint.model(ids).logits
     return logits.float()
 

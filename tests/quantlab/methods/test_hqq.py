@@ -60,7 +60,9 @@ def test_zero_points_are_real_and_as_they_are_stored(spec: TensorSpec) -> None:
     fitted = fit_weight(heavy_tailed(), spec, HqqConfig(), scale_dtype=torch.bfloat16)
     zero_point = fitted.zero_point
     assert zero_point is not None and zero_point.dtype == torch.float32
-    assert torch.equal(zero_point, zero_point.bfloat16().float()) and (zero_point != zero_point.round()).any()
+    assert torch.equal(zero_point, zero_point.bfloat16().float())
+    # bfloat16 holds no fractions near 128
+    assert spec.bits == 8 or (zero_point != zero_point.round()).any()
     assert fitted.storage_bits(16) == fitted.codes.numel() * spec.bits + fitted.scale.numel() * 32
 
 
