@@ -37,7 +37,7 @@ def _divergence(logits_RV: Tensor, reference_RV: Tensor, probs_RV: Tensor) -> Te
     d_RV = logits_RV.float() - reference_RV.float()
     d_RV -= torch.linalg.vecdot(probs_RV, d_RV).unsqueeze(-1)
     # Not quite 0: probabilities sum to 1 up to rounding, which many nats of shift would multiply.
-    rest_R = torch.linalg.vecdot(probs_RV, d_RV)
+    rest_R: Tensor = torch.linalg.vecdot(probs_RV, d_RV)
     found_R: Tensor = torch.linalg.vecdot(probs_RV, d_RV.expm1()).log1p_()
     far_R = ~found_R.isfinite()
     if (
@@ -45,4 +45,4 @@ def _divergence(logits_RV: Tensor, reference_RV: Tensor, probs_RV: Tensor) -> Te
     ):  # exp(d) overflows: the same sum in logarithms, which is off by 1e-6 nats where those matter little
         log_p_RV = reference_RV[far_R].float().log_softmax(-1)
         found_R[far_R] = (log_p_RV + d_RV[far_R]).logsumexp(-1)
-    return found_R - rest_R
+    return found_R.sub_(rest_R)
