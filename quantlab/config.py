@@ -351,7 +351,9 @@ def _weights_name(value: str) -> str:
     """The canonical name of a scheme that is of weights alone."""
     scheme = Scheme.parse(value)
     if scheme != Scheme(scheme.weights) or scheme.format is not None:
-        raise ValueError(f"a width must be bits of weights and nothing else, as w8 or w3g64: {value!r} is more")
+        raise ValueError(
+            f"a width must be bits of weights and nothing else, as w8 or w3g64: {value!r} is more"
+        )
     return scheme.name
 
 

@@ -149,7 +149,11 @@ def test_which_kernel_runs() -> None:
     assert [chosen(name) for name in ("a8", "w8a8c", "w8a8g32", "w4g64a8")] == ["simulated"] * 4
     assert chosen("w8a8", "cuda") == "int8_mm" and chosen("w4g128a8", "cuda") == "simulated"
     assert chosen("w8a8", kernel="simulated") == "simulated"
-    assert [chosen(name) for name in ("nf4", "nf4-a8", "llm_int8")] == ["weight_only", "simulated", "llm_int8"]
+    assert [chosen(name) for name in ("nf4", "nf4-a8", "llm_int8")] == [
+        "weight_only",
+        "simulated",
+        "llm_int8",
+    ]
     assert (
         choose_kernel(*_specs("w8a8c"), "cpu")[1]
         == "a scale per channel of inputs cannot leave an integer sum"

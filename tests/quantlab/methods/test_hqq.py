@@ -35,7 +35,7 @@ def test_no_group_is_worse_than_rtn_by_its_norm(
     # Norms are float32 sums: each within 2 n u, and powers within a few u.
     assert (ours <= theirs * (1 + 4 * weight.numel() * U)).all()
     # One zero point of a whole matrix has little to gain.
-    assert spec.bits > 3 or norm < 0.7 or spec.granularity == "tensor" or ours.sum() < 0.98 * theirs.sum()
+    assert spec.bits > 3 or norm < 0.7 or spec.granularity == "tensor" or ours.sum() < 0.99 * theirs.sum()
 
 
 @pytest.mark.parametrize("spec", GRIDS, ids=name_of)
@@ -57,12 +57,12 @@ def test_a_row_is_fitted_as_if_alone(spec: TensorSpec) -> None:
 
 @pytest.mark.parametrize("spec", GRIDS, ids=name_of)
 def test_zero_points_are_real_and_as_they_are_stored(spec: TensorSpec) -> None:
-    fitted = fit_weight(heavy_tailed(), spec, HqqConfig(), scale_dtype=torch.bfloat16)
+    fitted = fit_weight(heavy_tailed(), spec, HqqConfig(), scale_dtype=torch.float16)
     zero_point = fitted.zero_point
     assert zero_point is not None and zero_point.dtype == torch.float32
-    assert torch.equal(zero_point, zero_point.bfloat16().float())
-    # bfloat16 holds no fractions near 128
-    assert spec.bits == 8 or (zero_point != zero_point.round()).any()
+    assert torch.equal(zero_point, zero_point.half().float())
+    # a matrix may have no better zero point than the first, a whole number
+    assert spec.granularity == "tensor" or (zero_point != zero_point.round()).any()
     assert fitted.storage_bits(16) == fitted.codes.numel() * spec.bits + fitted.scale.numel() * 32
 
 
