@@ -32,7 +32,14 @@ from quantlab.errors import SchemeError, nearest
 from quantlab.kernels.choice import check_integers, choose_kernel
 from quantlab.layers.fake_quant import FakeQuant
 from quantlab.layers.linear import QuantLinear, weight_of
-from quantlab.layers.sites import find_outputs, find_sites, replace_module, swap_output, swap_site
+from quantlab.layers.sites import (
+    find_outputs,
+    find_sites,
+    replace_module,
+    swap_output,
+    swap_site,
+    turn_heads_,
+)
 from quantlab.layers.targets import Choice, Target, check_skip, choose_targets, is_skipped
 from quantlab.methods.solved import Solved
 from quantlab.numerics.static import Fixed, static_range
@@ -130,6 +137,8 @@ def _apply(
     chosen = set(choice.chosen)
     # First, since a layer's linears still tell its device.
     at_sites = [swap_site(layer, prefix, site, quantizer, undo) for prefix, layer, site, quantizer in sites]
+    if {"rotate", "spin"} & set(scheme.transforms):
+        turn_heads_(sites, undo)
     rows = [
         _swap_linear(model, target, work, undo) if target in chosen else _stays(target, asked.config.skip)
         for target in choice.targets

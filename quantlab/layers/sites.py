@@ -8,7 +8,7 @@
 Everything is found, checked and made before anything is swapped.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
@@ -18,6 +18,7 @@ from quantlab.changes import Change
 from quantlab.errors import CalibrationError, SchemeError, nearest
 from quantlab.layers.fake_quant import FakeQuant, QuantOutput
 from quantlab.layers.kv_cache import CachedHeads
+from quantlab.layers.rotated import HeadHadamard
 from quantlab.layers.targets import parents_of
 from quantlab.numerics.static import Fixed, static_range
 from quantlab.schemes import Scheme, TensorSpec
@@ -30,6 +31,7 @@ __all__ = [
     "replace_module",
     "swap_output",
     "swap_site",
+    "turn_heads_",
 ]
 
 _ALONE: dict[str, Callable[[TensorSpec], Scheme]] = {
@@ -175,6 +177,24 @@ def swap_site(
     alone = "kv_cache" if isinstance(quantizer, CachedHeads) else site
     what = _ALONE[alone](quantizer.spec).name
     return Change(f"{prefix}.{site}", "swapped", what, quantizer.spec.bits, 0, "simulated")
+
+
+def turn_heads_(found: Sequence[FoundSite], undo: Undo) -> None:
+    """Rotate queries and keys by one Hadamard matrix, ahead of what rounds either of them, in every layer found.
+
+    Their products stay what they were. Ranges from calibration are of heads that were not turned, so such layers stay.
+    """
+    layers = {
+        layer: None
+        for _, layer, site, quantizer in found
+        if site in ("attn_query", "attn_key") and not quantizer.spec.static
+    }
+    for layer in layers:
+        for site in ("attn_query", "attn_key"):
+            standing = layer.get_submodule(site)
+            undo.append((layer, site, standing))
+            turned = HeadHadamard(int(layer.head_dim), then=standing)  # type: ignore[arg-type]
+            setattr(layer, site, turned.to(next(layer.parameters()).device))
 
 
 def swap_output(

@@ -47,7 +47,7 @@ def nearest_codes(x: Tensor, values: Tensor) -> Tensor:
     """
     ascending, code = values.to(x.device).sort(stable=True)
     midpoints = (ascending[:-1] + ascending[1:]) / 2
-    return code.to(torch.uint8)[torch.bucketize(x, midpoints, out_int32=True)]
+    return code.to(torch.uint8)[torch.bucketize(x.contiguous(), midpoints, out_int32=True)]
 
 
 def float_codes(x: Tensor, fmt: FloatFormat) -> Tensor:
@@ -59,7 +59,8 @@ def float_codes(x: Tensor, fmt: FloatFormat) -> Tensor:
     magnitudes = fmt.magnitudes().to(x.device)
     # Exact in float32, so a tie is a tie; of two neighbouring codes one is even.
     midpoints = (magnitudes[:-1] + magnitudes[1:]) / 2
-    below = torch.bucketize(x.abs(), midpoints, out_int32=True)
-    above = torch.bucketize(x.abs(), midpoints, out_int32=True, right=True)
+    size = x.abs().contiguous()
+    below = torch.bucketize(size, midpoints, out_int32=True)
+    above = torch.bucketize(size, midpoints, out_int32=True, right=True)
     even = torch.where(below % 2 == 0, below, above)
     return (even + (x.signbit().int() << fmt.bits - 1)).to(torch.uint8)
