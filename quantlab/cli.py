@@ -37,6 +37,8 @@ class Topic(StrEnum):
     """What `quantlab list` lists."""
 
     schemes = "schemes"
+    methods = "methods"
+    transforms = "transforms"
     formats = "formats"
     statistics = "statistics"
     variants = "variants"
@@ -494,10 +496,14 @@ def _build_report(run_dir: Path) -> Path:
 
 
 def _lines_of(topic: Topic) -> dict[str, str]:
-    if topic is Topic.schemes:
-        from quantlab.schemes import SCHEMES
+    if topic in (Topic.schemes, Topic.methods, Topic.transforms):
+        from quantlab.schemes import catalogue
+        from quantlab.schemes.places import explained
 
-        return SCHEMES
+        if topic is Topic.schemes:
+            return catalogue.SCHEMES | explained() | catalogue.explained()
+        words = catalogue.METHODS if topic is Topic.methods else catalogue.TRANSFORMS
+        return {name: word.summary for name, word in words.items()}
     if topic is Topic.formats:
         from quantlab.export.formats import FORMATS
 

@@ -140,7 +140,7 @@ def test_sweep_ends_with_a_report_and_quantize_with_a_card(
     assert code == 2 and "--overwrite" in err
 
 
-@pytest.mark.parametrize("topic", ["schemes", "formats", "statistics", "variants"])
+@pytest.mark.parametrize("topic", ["schemes", "methods", "transforms", "formats", "statistics", "variants"])
 def test_list_has_one_line_each(topic: str, capsys: pytest.CaptureFixture[str]) -> None:
     names = _json(capsys, "list", topic)
     code, out, _ = _quantlab(capsys, "list", topic)

@@ -42,6 +42,8 @@ def test_there_is_something_to_run() -> None:
         "report",
         "quantize",
         "list",
+        "calibrate",
+        "allocate",
         "convert",
         "run",
         "train",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from quantlab.schemes.spec import WeightFormat
 
-__all__ = ["METHODS", "SCHEMES", "TRANSFORMS", "WEIGHT_FORMATS", "Word"]
+__all__ = ["METHODS", "SCHEMES", "TRANSFORMS", "WEIGHT_FORMATS", "Word", "explained"]
 
 SCHEMES: dict[str, str] = {
     "w16": "the checkpoint as it is: the baseline of every comparison",
@@ -108,3 +108,20 @@ FORMATS_TO_COME = (
     "mxfp8",
 )
 """Formats that are known and refused."""
+
+
+def explained() -> dict[str, str]:
+    """What each word and format adds to a name, in one line each."""
+    return (
+        {f"..-{name}": f"weights: {word.summary}" for name, word in METHODS.items() if name != "rtn"}
+        | {f"..-{name}": f"transform: {word.summary}" for name, word in TRANSFORMS.items()}
+        | {
+            f"..-{MIXED}": "bits of some linears come from quantize.widths, as `quantlab allocate` writes them"
+        }
+        | {form.name: _of_format(form) for form in WEIGHT_FORMATS.values() if form.name not in SCHEMES}
+    )
+
+
+def _of_format(form: WeightFormat) -> str:
+    shares = f"{form.group_size} inputs" if form.group_size else "output channel"
+    return f"weights in the format {form.name}: {form.bits} bits, one scale per {shares}"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from quantlab.errors import SchemeError
 from quantlab.schemes.spec import LETTER_OF, Granularity, TensorSpec
 
-__all__ = ["CACHE_GROUP", "PLACES", "Place", "check_place"]
+__all__ = ["CACHE_GROUP", "PLACES", "Place", "check_place", "explained"]
 
 CACHE_GROUP = 32
 """Tokens that share the scales of a cache's keys where those are per channel (KIVI, arXiv:2402.02750)."""
@@ -58,6 +58,22 @@ PLACES = {
     "x": Place("hidden", "outputs of decoder layers", ("row", "tensor", "channel", "group")),
 }
 """Letter -> place, in the order in which a name has them."""
+
+
+def explained() -> dict[str, str]:
+    """What each letter of a name means and what may follow it, in one line each."""
+    return {f"{letter}N": _explained(place) for letter, place in PLACES.items()} | {
+        "..z ..s": "after the granularity: with zero points; static, from calibration",
+        "..m1 ..m2": "of l and p: only the added, or only the subtracted map of differential attention",
+        "..uN": "of kv: each query sees its last N keys and values unquantized",
+    }
+
+
+def _explained(place: Place) -> str:
+    letters = [f"{LETTER_OF[each]}{'N' if each == 'group' else ''} {each}" for each in place.granularities]
+    default = "always named" if place.always_named else f"{letters[0].split()[0]} if left out"
+    static = f"; static: {', '.join(LETTER_OF[g] for g in place.static)}" if place.static else ""
+    return f"{place.what}, N bits (2 to 8), one scale per {', '.join(letters)} ({default}){static}"
 
 
 def check_place(letter: str, spec: TensorSpec) -> None:
