@@ -255,6 +255,12 @@ def _check_data(config: RunConfig) -> tuple[dict[str, str], int | None]:
         data["profile"] = check_text(config.profile.text)
     if config.evaluation is not None and "perplexity" in config.evaluation.tasks:
         data["perplexity"] = check_text(config.evaluation.perplexity)
+        if data["perplexity"] == data.get("calibration"):
+            raise ConfigError(
+                "calibration must not read the text that perplexity is measured on: both read "
+                f"{config.calibration.text.path or 'the WikiText-2 raw test split'}. Give calibration.text.path "
+                "another text."
+            )
     if config.evaluation is not None and "hellaswag" in config.evaluation.tasks:
         dataset = load_hellaswag(config.evaluation.hellaswag.path)
         num_documents = len(select(dataset.documents, config.evaluation.hellaswag))

@@ -18,6 +18,7 @@ from quantlab.models.loading import Checkpoint, load_checkpoint
 from quantlab.records import read_items, read_records
 from quantlab.schemes import Scheme
 from quantlab.sweep.executors import Event
+from quantlab.sweep.jobs import jobs_of
 from quantlab.sweep.plan import Cell
 from tests.toys import save_checkpoint
 
@@ -189,3 +190,76 @@ def test_nothing_to_compute_is_an_error(toy_folder: Path, tmp_path: Path) -> Non
         pipeline.run(config, watch_nothing)
     with pytest.raises(ConfigError, match="needs the section 'export'"):
         pipeline.export(config, lambda count: None)
+
+
+CALIBRATION = {"text": {"num_sequences": 3, "sequence_length": 24}}
+
+
+def test_a_calibrated_scheme_says_what_made_it_and_is_solved_once(toy_folder: Path, tmp_path: Path) -> None:
+    config = build_config(
+        {
+            "checkpoints": [{"path": str(toy_folder)}],
+            "schemes": ["w3-gptq", "w4g32-gptq", "w4g32a8-gptq", "a8ts"],
+            "profile": None,
+            "out": str(tmp_path / "run"),
+            "evaluation": EVALUATION,
+            "calibration": CALIBRATION | {"cache": str(tmp_path / "calibration")},
+        }
+    )
+    baseline, *records = pipeline.run(config, watch_nothing)
+    assert "calibration" not in baseline.made_by and "calibration" not in baseline.result
+    for record in records:
+        assert record.made_by["calibration"]["text"]["num_sequences"] == 3
+        assert record.result["calibration"]["num_tokens"] == 3 * 24
+    assert records[0].made_by["method"]["hessian"] == "shared" and "method" not in records[3].made_by
+    # two grids of weights, three schemes
+    assert len(list((tmp_path / "run" / "solutions").iterdir())) == 2
+    assert len(list((tmp_path / "calibration").glob("[0-9a-f]*"))) == 1
+    other = config.model_copy(
+        update={"calibration": config.calibration.model_copy(update={"accumulate": "float64"})}
+    )
+    keys = {record.key for record in records}
+    assert not keys & {record.key for record in pipeline.run(other, watch_nothing)[1:]}
+
+
+def test_a_setting_of_methods_changes_the_keys_of_its_own_schemes_only(toy_folder: Path) -> None:
+    def keys(**quantize: Any) -> list[str]:
+        config = build_config(
+            {
+                "checkpoints": [{"path": str(toy_folder)}],
+                "schemes": ["w4", "w4-gptq", "w4-awq", "w4-rotate", "w4-mixed"],
+                "profile": None,
+                "evaluation": EVALUATION,
+                "quantize": quantize,
+            }
+        )
+        infos, data, documents = pipeline.check(config)
+        return [job.key for job in jobs_of(config, infos, data, documents)][1:]
+
+    plain = keys()
+    changes = [
+        ({"methods": {"gptq": {"damping": 0.05}}}, [1]),
+        ({"methods": {"awq": {"clip": False}}}, [2]),
+        ({"methods": {"hessian": "sequential"}}, [1, 2]),
+        ({"transforms": {"rotate_seed": 1}}, [3]),
+        ({"widths": {"*.v_proj": "w8"}}, [4]),
+    ]
+    for quantize, changed in changes:
+        found = keys(**quantize)
+        assert [index for index in range(5) if found[index] != plain[index]] == changed, quantize
+
+
+def test_calibration_and_perplexity_take_different_texts(toy_folder: Path) -> None:
+    config = build_config(
+        {
+            "checkpoints": [{"path": str(toy_folder)}],
+            "schemes": ["w4-gptq"],
+            "evaluation": EVALUATION,
+            "calibration": {"text": {"path": None}},
+        }
+    )
+    with pytest.raises(
+        ConfigError, match="calibration must not read the text that perplexity is measured on"
+    ):
+        pipeline.check(config)
+    pipeline.check(config.model_copy(update={"schemes": ("w16", "w4")}))
