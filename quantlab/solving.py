@@ -124,7 +124,9 @@ def solve_model(
         return _kept(store, asked, lambda: solve_sequential(model, targets, asked, ids_NT)), stats
     if scheme.method == "gptq" and store is not None:
         return _kept_together(model, targets, asked, stats, store), stats
-    return solve(model, targets, asked, stats), stats
+    # Statistics that the method does not read are not read from disk either.
+    read = stats if "inputs" in METHODS[scheme.method].needs else {}
+    return solve(model, targets, asked, read), stats
 
 
 def _kept(
