@@ -13,7 +13,7 @@ on the sequences that are compared.
 Source: Cheng et al. 2023, arXiv:2309.05516, algorithm 1. O outputs, I inputs, N sequences, T tokens, D channels.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,12 +24,11 @@ from torch.nn import functional as F
 from quantlab.errors import SchemeError
 from quantlab.layers.linear import weight_of
 from quantlab.methods.config import AutoRoundConfig
+from quantlab.methods.grouped import grouped
 from quantlab.methods.rtn import quantize_weight
 from quantlab.methods.solved import Solved
 from quantlab.numerics.affine import QuantizedTensor, choose_qparams
-from quantlab.numerics.granularity import group_view, spanned_dims
 from quantlab.numerics.qtype import QType
-from quantlab.numerics.ranges import absmax, min_max
 from quantlab.schemes import TensorSpec
 from quantlab.transforms.edit import Undo, replace_, restore
 
@@ -60,7 +59,7 @@ def tune_layer(
         scale_dtype: dtype that scales are rounded to before codes are chosen.
 
     Raises:
-        SchemeError: the output is not finite.
+        SchemeError: as `rtn.quantize_weight`; the output is not finite.
     """
     N = len(wanted_NTD)
     rate = config.learning_rate or 1 / config.num_steps
@@ -73,9 +72,7 @@ def tune_layer(
                 best.offer(_error(run, wanted_NTD, compared, config.batch_size), step)
             if step < config.num_steps:
                 batch = torch.randperm(N, generator=generator)[: config.batch_size].tolist()
-                F.mse_loss(run(batch).float(), wanted_NTD[batch].float()).backward()
-                for learner in learners.values():
-                    learner.move_(rate * (1 - step / config.num_steps))
+                _move_(learners.values(), _loss(run, wanted_NTD, batch), rate * (1 - step / config.num_steps))
     note = f"autoround: output error {best.least / best.first:.3f} of rtn's" if best.first else ""
     return {name: Solved(codes, note) for name, codes in best.codes.items()}
 
@@ -87,16 +84,14 @@ class _Learner(nn.Module):
         super().__init__()
         weight_OI = weight_of(linear).detach().float()
         self.linear, self.spec, self.scale_dtype = linear, spec, scale_dtype
-        self.qtype = QType.of_weights(spec)
-        self.weight_view = group_view(weight_OI, spec)
-        self.dims = spanned_dims("weight", spec)
-        self.range = (absmax if spec.symmetric else min_max)(self.weight_view, self.dims)
-        self.offset = nn.Parameter(torch.zeros_like(self.weight_view))
-        self.factors = nn.ParameterList(torch.ones_like(self.range[0]) for _ in range(2))
+        self.before = getattr(linear, "before", None)
+        self.groups, self.qtype = grouped(weight_OI, spec), QType.of_weights(spec)
+        self.offset = nn.Parameter(torch.zeros_like(self.groups.view))
+        self.factors = nn.ParameterList(torch.ones_like(self.groups.low) for _ in range(2))
 
     def grid(self) -> tuple[Tensor, Tensor | None]:
         """Scale, rounded to its stored dtype but with the gradient of the factors, and zero point."""
-        low, high = (end * factor for end, factor in zip(self.range, self.factors, strict=True))
+        low, high = self.groups.low * self.factors[0], self.groups.high * self.factors[1]
         if self.spec.symmetric:
             # One scale cannot follow two ends: the second factor moves both.
             low = -high
@@ -107,7 +102,7 @@ class _Learner(nn.Module):
 
     def codes(self, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """Real-valued codes that round to integers in value and pass gradients as they are."""
-        shifted = self.weight_view / scale + self.offset
+        shifted = self.groups.view / scale + self.offset
         if zero_point is not None:
             shifted = shifted + zero_point
         clipped = shifted.clamp(self.qtype.qmin, self.qtype.qmax)
@@ -115,29 +110,42 @@ class _Learner(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., I] to [.., O]."""
+        x = x if self.before is None else self.before(x)
         scale, zero_point = self.grid()
         codes = self.codes(scale, zero_point)
         real = (codes if zero_point is None else codes - zero_point) * scale
         weight_OI = real.reshape(weight_of(self.linear).shape).to(x.dtype)
         return F.linear(x, weight_OI, self.linear.bias)  # type: ignore[arg-type]
 
-    @torch.no_grad()
-    def move_(self, rate: float) -> None:
-        """One step against the sign of the gradient, within the bounds."""
-        for parameter, low, high in ((self.offset, -0.5, 0.5), *((f, 0.5, 1.0) for f in self.factors)):
-            if parameter.grad is not None:
-                parameter.sub_(rate * parameter.grad.sign()).clamp_(low, high)
-                parameter.grad = None
+    @property
+    def bounded(self) -> list[tuple[nn.Parameter, float, float]]:
+        """What is learned, each with its bounds."""
+        return [(self.offset, -0.5, 0.5), *((factor, 0.5, 1.0) for factor in self.factors)]
 
     @torch.no_grad()
     def quantized(self) -> QuantizedTensor:
         """The codes as they are now."""
         scale, zero_point = self.grid()
         codes = self.codes(scale, zero_point).round().to(self.qtype.dtype)
-        if self.spec.group_size is not None:
-            scale = scale.squeeze(-1)
-            zero_point = None if zero_point is None else zero_point.squeeze(-1)
-        return QuantizedTensor(codes.reshape(weight_of(self.linear).shape), scale, zero_point, self.qtype)
+        return self.groups.of_codes(codes, scale, zero_point)
+
+
+def _loss(run: Callable[[Sequence[int]], Tensor], wanted_NTD: Tensor, numbers: Sequence[int]) -> Tensor:
+    outputs = run(numbers).float()
+    return F.mse_loss(outputs, wanted_NTD[list(numbers)].to(outputs.device).float())
+
+
+def _move_(learners: Iterable[_Learner], loss: Tensor, rate: float) -> None:
+    """One step of everything that is learned against the sign of its gradient, within the bounds.
+
+    Gradients are asked for, not accumulated: the model's own parameters get none.
+    """
+    bounded = [each for learner in learners for each in learner.bounded]
+    gradients = torch.autograd.grad(loss, [parameter for parameter, _, _ in bounded], allow_unused=True)
+    with torch.no_grad():
+        for (parameter, low, high), gradient in zip(bounded, gradients, strict=True):
+            if gradient is not None:
+                parameter.sub_(rate * gradient.sign()).clamp_(low, high)
 
 
 @dataclass
@@ -171,8 +179,7 @@ def _error(
 ) -> float:
     """Mean squared error of the outputs of these sequences."""
     parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
-    sums = [(run(part).float() - wanted_NTD[part].float()).square().mean((1, 2)).sum() for part in parts]
-    return float(torch.stack(sums).sum()) / len(numbers)
+    return sum(float(_loss(run, wanted_NTD, part)) * len(part) for part in parts) / len(numbers)
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def quantize_weights(
         stats: of the inputs divided by those scales, `LinearStats.divided`.
 
     Raises:
-        SchemeError: as `rtn.quantize_weight`; no statistics, or statistics that are not finite.
+        SchemeError: as `rtn.quantize_weight`; no statistics, of another width, or not finite.
     """
     gram_II, note = unit_gram("awq", weight_OI, stats)
     if not config.awq.clip:
@@ -78,7 +78,7 @@ def search_scales(
         weights: [O_k, I] of the linears that read one tensor.
 
     Raises:
-        SchemeError: as `rtn.quantize_weight`; no statistics, or statistics that are not finite.
+        SchemeError: as `rtn.quantize_weight`; no statistics, of another width, or not finite.
     """
     gram_II, _ = unit_gram("awq", weights[0], stats)
     candidates_AI = candidate_scales(weights, spec, gram_II, config.awq.num_steps)

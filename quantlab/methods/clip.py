@@ -49,7 +49,7 @@ def quantize_weights_by_inputs(
     """`wclip`: the same, each input channel's error weighted by its second moment.
 
     Raises:
-        SchemeError: as `clip_weight`; no statistics, or statistics that are not finite.
+        SchemeError: as `clip_weight`; no statistics, of another width, or not finite.
     """
     moments_I, note = second_moments("wclip", weight_OI, stats)
     return [Solved(clip_weight(weight_OI, spec, moments_I, scale_dtype=scale_dtype), note) for spec in specs]
@@ -68,7 +68,7 @@ def clip_weight(
         importance_I: weight of each input channel's squared error, not negative; none counts all alike.
 
     Raises:
-        SchemeError: group_size does not divide I, a weight is not finite, or a scale overflows `scale_dtype`.
+        SchemeError: as `grouped`; a scale overflows `scale_dtype`.
     """
     groups = grouped(weight_OI, spec)
     importance = None if importance_I is None else groups.of_inputs(importance_I)

@@ -21,8 +21,11 @@ LANES = 16
 BlockGrid = tuple[Tensor, Tensor, Tensor]
 """Scale, smallest and largest centred code of each weight of a block, [S, B, O]."""
 
-GridOf = Callable[[int, int, Tensor], BlockGrid]
-"""The grid of channels start .. stop, given their targets as they are when the block begins, [S, B, O]."""
+GridOf = Callable[[slice, slice, Tensor], BlockGrid]
+"""The grid of some channels and some outputs, given their targets as they are when the block begins, [S, B, O]."""
+
+OUTPUTS = 2048
+"""Outputs that are solved together, a multiple of LANES: none needs another's errors, so memory holds only theirs."""
 
 _LEAF = 16
 """Channels that are solved one by one; a longer block is cut in halves, with a matrix product between them."""
@@ -31,22 +34,33 @@ _LEAF = 16
 def solve_columns(
     weight_IO: Tensor, upper_II: Tensor, grid_of: GridOf, num_grids: int, block_size: int
 ) -> Tensor:
-    """Centred codes of every grid, [S, I, O] int16.
+    """Centred codes of every grid, [S, I, O] int16; besides them memory holds S x I x OUTPUTS errors.
 
     Args:
         weight_IO: channels in the order in which they are solved; float32, or float64 to compute in it.
         upper_II: feedback in the same order.
     """
-    errors_SIO = weight_IO.new_empty(num_grids, *weight_IO.shape)
-    codes_SIO = torch.empty(errors_SIO.shape, dtype=torch.int16, device=weight_IO.device)
+    shape = (num_grids, *weight_IO.shape)
+    codes_SIO = torch.empty(shape, dtype=torch.int16, device=weight_IO.device)
+    for first in range(0, shape[2], OUTPUTS):
+        outputs = slice(first, min(first + OUTPUTS, shape[2]))
+        _solve_outputs(weight_IO, upper_II, grid_of, outputs, block_size, codes_SIO)
+    return codes_SIO
+
+
+def _solve_outputs(
+    weight_IO: Tensor, upper_II: Tensor, grid_of: GridOf, outputs: slice, block_size: int, codes_SIO: Tensor
+) -> None:
+    """Fill in the codes of some outputs, block by block."""
+    weight_IO = weight_IO[:, outputs]
+    errors_SIO = weight_IO.new_empty(len(codes_SIO), *weight_IO.shape)
     for start in range(0, len(weight_IO), block_size):
         here = slice(start, min(start + block_size, len(weight_IO)))
-        target_SBO = weight_IO[here].repeat(num_grids, 1, 1)
+        target_SBO = weight_IO[here].repeat(len(codes_SIO), 1, 1)
         _feed(target_SBO, upper_II[:start, here], errors_SIO[:, :start])
-        grid = grid_of(start, here.stop, target_SBO)
+        grid = grid_of(here, outputs, target_SBO)
         _solve_block(weight_IO[here], target_SBO, upper_II[here, here], grid, errors_SIO[:, here])
-        codes_SIO[:, here] = target_SBO
-    return codes_SIO
+        codes_SIO[:, here, outputs] = target_SBO.to(torch.int16)
 
 
 def fed_back(weight_BO: Tensor, target_BO: Tensor, upper_BB: Tensor) -> Tensor:

@@ -14,13 +14,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from quantlab.calibration.statistics import LinearStats
-from quantlab.errors import ConfigError, SchemeError
+from quantlab.errors import ConfigError
 from quantlab.methods.columns import LANES, BlockGrid, GridOf, fed_back, solve_columns
 from quantlab.methods.config import GptqConfig, MethodConfig
 from quantlab.methods.grids import Grid, fit_grid, stacked, without_dead
+from quantlab.methods.grouped import check_weights
 from quantlab.methods.hessian import Feedback, feedback_of
+from quantlab.methods.needs import gram_of
 from quantlab.methods.solved import Solved
 from quantlab.numerics.affine import QuantizedTensor
+from quantlab.numerics.granularity import group_view
 from quantlab.schemes import TensorSpec
 
 __all__ = ["quantize_weights"]
@@ -47,12 +50,13 @@ def quantize_weights(
     of the Hessian (`hessian`): the loss of GPTQ itself, if targets are spread as the weights are.
 
     Raises:
-        SchemeError: no statistics, values that are not finite, a group_size that does not divide I, or a scale that
-            overflows `scale_dtype`.
+        SchemeError: as `rtn.quantize_weight`; no statistics, of another width, or not finite.
         ConfigError: act_order with groups but without static_groups.
     """
-    stats = _checked(weight_OI, specs, stats, config.gptq)
-    feedback = feedback_of(stats.gram_II, damping=config.gptq.damping, act_order=config.gptq.act_order)
+    _check(specs, config.gptq)
+    gram_II = gram_of("gptq", weight_OI, stats)
+    check_weights(weight_OI)
+    feedback = feedback_of(gram_II, damping=config.gptq.damping, act_order=config.gptq.act_order)
     note = "; ".join((*_shortage(stats), *feedback.notes))
     weight_OI = weight_OI.detach().float()
     static = [spec for spec in specs if config.gptq.static_groups or spec.group_size is None]
@@ -68,30 +72,19 @@ def quantize_weights(
     ]
 
 
-def _checked(
-    weight_OI: Tensor, specs: Sequence[TensorSpec], stats: LinearStats | None, config: GptqConfig
-) -> LinearStats:
-    """The statistics, once everything that can be refused has been looked at."""
-    if stats is None:
-        raise SchemeError(
-            "gptq needs calibration: found no X^T X of this layer. Calibrate first, or use rtn or hqq."
-        )
+def _check(specs: Sequence[TensorSpec], config: GptqConfig) -> None:
+    """Refuse settings that no stored form can hold."""
     grouped = any(spec.group_size is not None for spec in specs)
     if grouped and config.act_order and not config.static_groups:
         raise ConfigError(
             "gptq.act_order needs gptq.static_groups where weights have groups: groups along the reordered channels "
             "have no place in the stored form. Turn static_groups on, or act_order off."
         )
-    for name, values in (("weights", weight_OI), ("X^T X of the inputs", stats.gram_II)):
-        if not values.isfinite().all():
-            raise SchemeError(
-                f"gptq needs finite numbers: found NaN or Inf in the {name}. Fix or skip this layer."
-            )
-    return stats
 
 
-def _shortage(stats: LinearStats) -> tuple[str, ...]:
+def _shortage(stats: LinearStats | None) -> tuple[str, ...]:
     """What there is to say of too little calibration."""
+    assert stats is not None, "`gram_of` refuses this"
     size = len(stats.gram_II)
     if stats.num_tokens >= size:
         return ()
@@ -118,8 +111,9 @@ def _solve_static(
     ]
     weight_IO = _laid_out(padded_OI, feedback)
 
-    def grid_of(start: int, stop: int, target_SBO: Tensor) -> BlockGrid:
-        return stacked(grids, feedback.order_I[start:stop], weight_IO.dtype)
+    def grid_of(channels: slice, outputs: slice, target_SBO: Tensor) -> BlockGrid:
+        here = [grid.of_outputs(outputs) for grid in grids]
+        return stacked(here, feedback.order_I[channels], weight_IO.dtype)
 
     codes_SIO = _solve(weight_IO, feedback, grid_of, len(specs), config.block_size)
     return [grid.quantized(codes_IO, len(weight_OI)) for grid, codes_IO in zip(grids, codes_SIO, strict=True)]
@@ -129,22 +123,25 @@ def _solve_dynamic(
     weight_OI: Tensor, spec: TensorSpec, feedback: Feedback, scale_dtype: torch.dtype, config: GptqConfig
 ) -> QuantizedTensor:
     """One spec whose groups find their scales when their turn comes: a block is a group."""
-    assert spec.group_size is not None
-    grids: list[Grid] = []
+    size = spec.group_size
+    assert size is not None
     alone = replace(spec, granularity="channel", group_size=None)
     weight_IO = _laid_out(_padded(weight_OI), feedback)
     upper_II = feedback.upper_II.to(weight_IO.dtype)
+    num_groups = len(group_view(feedback.dead_I, spec))
+    scale_GO, zero_point_GO = torch.empty(
+        2, num_groups, weight_IO.shape[1], dtype=torch.float32, device=weight_IO.device
+    )
 
-    def grid_of(start: int, stop: int, target_SBO: Tensor) -> BlockGrid:
-        seen_BO = fed_back(weight_IO[start:stop], target_SBO[0], upper_II[start:stop, start:stop])
-        live_OB = without_dead(seen_BO.t(), feedback.dead_I[start:stop], alone)
-        pivots_B = feedback.pivots_I[start:stop]
-        grids.append(fit_grid(live_OB, alone, scale_dtype, pivots_B, config.clip_steps))
-        return stacked(grids[-1:], feedback.order_I[start:stop], weight_IO.dtype)
+    def grid_of(channels: slice, outputs: slice, target_SBO: Tensor) -> BlockGrid:
+        seen_BO = fed_back(weight_IO[channels, outputs], target_SBO[0], upper_II[channels, channels])
+        live_OB = without_dead(seen_BO.t(), feedback.dead_I[channels], alone)
+        grid = fit_grid(live_OB, alone, scale_dtype, feedback.pivots_I[channels], config.clip_steps)
+        group = channels.start // size
+        scale_GO[group, outputs], zero_point_GO[group, outputs] = grid.scale_GO[0], grid.zero_point_GO[0]
+        return stacked([grid], feedback.order_I[channels], weight_IO.dtype)
 
-    (codes_IO,) = _solve(weight_IO, feedback, grid_of, 1, spec.group_size)
-    scale_GO = torch.cat([grid.scale_GO for grid in grids])
-    zero_point_GO = torch.cat([grid.zero_point_GO for grid in grids])
+    (codes_IO,) = _solve(weight_IO, feedback, grid_of, 1, size)
     return Grid(spec, scale_GO, zero_point_GO).quantized(codes_IO, len(weight_OI))
 
 

@@ -6,15 +6,16 @@ Codes are counted from the zero point here: centred code c = code - zero_point, 
 O: outputs, I: inputs, G: groups.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from quantlab.methods.grouped import grouped
 from quantlab.numerics.affine import QuantizedTensor, choose_qparams
-from quantlab.numerics.granularity import group_view, spanned_dims
+from quantlab.numerics.granularity import group_view
 from quantlab.numerics.qtype import QType
-from quantlab.numerics.ranges import absmax, min_max, mse_clip
+from quantlab.numerics.ranges import mse_clip
 from quantlab.schemes import TensorSpec
 
 __all__ = ["Grid", "fit_grid", "stacked", "without_dead"]
@@ -37,6 +38,10 @@ class Grid:
         group = torch.zeros_like(channels) if size is None else channels // size
         zero_point = self.zero_point_GO[group]
         return self.scale_GO[group], qtype.qmin - zero_point, qtype.qmax - zero_point
+
+    def of_outputs(self, outputs: slice) -> "Grid":
+        """The grid of some of the outputs."""
+        return replace(self, scale_GO=self.scale_GO[:, outputs], zero_point_GO=self.zero_point_GO[:, outputs])
 
     def quantized(self, centred_IO: Tensor, num_outputs: int) -> QuantizedTensor:
         """The matrix of the first `num_outputs` outputs, the others being padding, that has these centred codes."""
@@ -69,24 +74,21 @@ def fit_grid(
     by the importance of its channel. One step is the full range.
 
     Raises:
-        SchemeError: group_size does not divide I, or a scale overflows `scale_dtype`.
+        SchemeError: as `grouped`; a scale overflows `scale_dtype`.
     """
-    view, dims = group_view(weight_OI, spec), spanned_dims("weight", spec)
-    qtype = QType.of_weights(spec)
-    if clip_steps == 1:
-        low, high = absmax(view, dims) if spec.symmetric else min_max(view, dims)
-    else:
-        importance = None if importance_I is None else group_view(importance_I, spec)
+    groups = grouped(weight_OI, spec)
+    low, high = groups.low, groups.high
+    if clip_steps > 1:
         low, high = mse_clip(
-            view,
-            dims,
-            qtype,
-            importance=importance,
+            groups.view,
+            groups.dims,
+            groups.qtype,
+            importance=None if importance_I is None else groups.of_inputs(importance_I),
             num_steps=clip_steps,
             smallest=1 - 1.4 / spec.bits,
             scale_dtype=scale_dtype,
         )
-    scale, zero_point = choose_qparams(low, high, qtype, scale_dtype)
+    scale, zero_point = choose_qparams(low, high, groups.qtype, scale_dtype)
     zero_point = torch.zeros_like(scale) if zero_point is None else zero_point.float()
     num_outputs = len(weight_OI)
     scale_GO, zero_point_GO = (

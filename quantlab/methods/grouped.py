@@ -14,7 +14,7 @@ from quantlab.numerics.qtype import QType
 from quantlab.numerics.ranges import Dims, absmax, min_max
 from quantlab.schemes import TensorSpec
 
-__all__ = ["Grouped", "grouped"]
+__all__ = ["Grouped", "check_weights", "grouped"]
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,14 @@ class Grouped:
 
     def quantize(self, scale: Tensor, zero_point: Tensor | None) -> QuantizedTensor:
         """The nearest codes on grids of these scales and zero points, shapes of `low`."""
-        codes = quantize(self.view, scale, zero_point, self.qtype).reshape(len(self.view), -1)
+        return self.of_codes(quantize(self.view, scale, zero_point, self.qtype), scale, zero_point)
+
+    def of_codes(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> QuantizedTensor:
+        """The matrix with these codes, shape of the view, on grids of these scales and zero points, shapes of `low`."""
         if self.spec.group_size is not None:
             scale = scale.squeeze(-1)
             zero_point = None if zero_point is None else zero_point.squeeze(-1)
-        return QuantizedTensor(codes, scale, zero_point, self.qtype)
+        return QuantizedTensor(codes.reshape(len(codes), -1), scale, zero_point, self.qtype)
 
 
 def grouped(weight_OI: Tensor, spec: TensorSpec) -> Grouped:
@@ -66,6 +69,12 @@ def grouped(weight_OI: Tensor, spec: TensorSpec) -> Grouped:
     if not bool(spread.isfinite().all()):
         raise SchemeError(_what_is_not_finite(weight_OI))
     return Grouped(view, spec, low, high)
+
+
+def check_weights(weight_OI: Tensor) -> None:
+    """Refuse a matrix that holds NaN or infinity; raises as `grouped`."""
+    if not bool(weight_OI.isfinite().all()):
+        raise SchemeError(_what_is_not_finite(weight_OI))
 
 
 def _what_is_not_finite(weight_OI: Tensor) -> str:

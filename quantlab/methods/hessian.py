@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantlab.methods.needs import UNSEEN
+
 __all__ = ["RAISED_DAMPING", "Feedback", "feedback_of"]
 
 RAISED_DAMPING = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -55,7 +57,7 @@ def feedback_of(gram_II: Tensor, *, damping: float, act_order: bool) -> Feedback
     if act_order:
         order_I = diagonal_I.argsort(descending=True, stable=True)
     if count == len(gram_II):
-        notes, factor_II, note = (), torch.eye(len(gram_II)).to(gram_II), "rtn: every input was 0"
+        notes, factor_II, note = (), torch.eye(len(gram_II)).to(gram_II), UNSEEN
     else:
         factor_II, note = _climb(_ordered(gram_II, order_I, dead_I), damping)
     roots_I = factor_II.diagonal()

@@ -5,20 +5,14 @@ from torch import Tensor
 from quantlab.calibration.statistics import LinearStats
 from quantlab.errors import SchemeError
 
-__all__ = ["UNSEEN", "second_moments", "unit_gram"]
+__all__ = ["UNSEEN", "gram_of", "second_moments", "unit_gram"]
 
-UNSEEN = "no calibration token reached this layer: full ranges were kept"
-"""Note of a method that chose ranges without having seen an input."""
-
-
-def second_moments(method: str, weight_OI: Tensor, stats: LinearStats | None) -> tuple[Tensor, str]:
-    """diag(X^T X) over its largest value, [I] float32, and a note where no input was seen. Raises as `unit_gram`."""
-    gram_II, note = unit_gram(method, weight_OI, stats)
-    return gram_II.diagonal(), note
+UNSEEN = "rtn: every input was 0 in calibration, or no token reached this layer"
+"""Note of a method that had nothing to go by: its codes are the nearest on full ranges."""
 
 
-def unit_gram(method: str, weight_OI: Tensor, stats: LinearStats | None) -> tuple[Tensor, str]:
-    """X^T X over its largest diagonal value, [I, I] float32, and a note where no input was seen.
+def gram_of(method: str, weight_OI: Tensor, stats: LinearStats | None) -> Tensor:
+    """X^T X as it is, [I, I], once it is known to be there, of this matrix's inputs, and finite.
 
     Raises:
         SchemeError: no statistics, of another width, or not finite.
@@ -34,13 +28,25 @@ def unit_gram(method: str, weight_OI: Tensor, stats: LinearStats | None) -> tupl
             f"statistics must be of the layer's own inputs: found X^T X of {gram_II.shape[0]} channels for a matrix "
             f"of shape {tuple(weight_OI.shape)}. Calibrate this checkpoint again."
         )
-    largest = gram_II.diagonal().max()
     if not bool(gram_II.isfinite().all()):
         channel = int((~gram_II.isfinite()).any(0).nonzero()[0])
         raise SchemeError(
             f"X^T X must be finite: found NaN or infinity at input channel {channel} of {gram_II.shape[0]}. Look for "
             "the first layer with such activations (quantlab profile), or calibrate in float32."
         )
+    return gram_II
+
+
+def second_moments(method: str, weight_OI: Tensor, stats: LinearStats | None) -> tuple[Tensor, str]:
+    """diag(X^T X) over its largest value, [I] float32, and a note where no input was seen. Raises as `gram_of`."""
+    gram_II, note = unit_gram(method, weight_OI, stats)
+    return gram_II.diagonal(), note
+
+
+def unit_gram(method: str, weight_OI: Tensor, stats: LinearStats | None) -> tuple[Tensor, str]:
+    """X^T X over its largest diagonal value, [I, I] float32, and a note where no input was seen. Raises as `gram_of`."""
+    gram_II = gram_of(method, weight_OI, stats)
+    largest = gram_II.diagonal().max()
     if largest <= 0:
         return gram_II.float(), UNSEEN
     return (gram_II / largest).float(), ""
