@@ -90,6 +90,8 @@ def calibrated(
                     advance=advance,
                 ):
                     partial.put(block)
+                    # Gone before the next layer is summed.
+                    del block
                 partial.finish(ids_NT, folder / key)
             except OSError as error:
                 raise OutputError(

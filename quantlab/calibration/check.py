@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantlab.calibration.collect import watched_steps
+from quantlab.calibration.collect import BlockStats, watched_steps
 from quantlab.calibration.overlap import overlaps
 from quantlab.calibration.statistics import LinearStats
 from quantlab.calibration.stream import Source, check_ids
@@ -162,13 +162,16 @@ def check_text_of(
     for step, watchers in watched_steps(
         model, dealt_NT, parts, batch_size, accumulate, source, lambda name: False, advance
     ):
-        first, second = (watcher.result(step.name).linears for watcher in watchers)
-        done: set[int] = set()
-        for name, stats in first.items():
-            if id(stats.gram_II) not in done:
-                done.add(id(stats.gram_II))
-                inputs.append(compare(name, stats, second[name]))
+        inputs += _compared(*(watcher.result(step.name) for watcher in watchers))
     return Adequacy(tuple(inputs), overlaps([tokenizer.decode(row) for row in ids_NT.tolist()]))
+
+
+def _compared(first: BlockStats, second: BlockStats) -> list[InputCheck]:
+    """Every distinct input of a layer, under the name of the first linear that reads it."""
+    distinct: dict[int, str] = {}
+    for name, stats in first.linears.items():
+        distinct.setdefault(id(stats.gram_II), name)
+    return [compare(name, first.linears[name], second.linears[name]) for name in distinct.values()]
 
 
 def compare(name: str, first: LinearStats, second: LinearStats) -> InputCheck:
@@ -179,8 +182,11 @@ def compare(name: str, first: LinearStats, second: LinearStats) -> InputCheck:
     ratio_I = a_I.minimum(b_I)[alive] / a_I.maximum(b_I)[alive]
     num_top = min(_TOP, len(a_I))
     top = [set(x_I.topk(num_top).indices.tolist()) for x_I in (a_I, b_I)]
-    grams = [stats.gram_II / max(stats.num_tokens, 1) for stats in (first, second)]
-    traces = [gram.diagonal().sum(dtype=torch.float64) for gram in grams]
+    traces, spectra = [], []
+    for stats in (first, second):
+        gram_II = stats.gram_II / max(stats.num_tokens, 1)
+        traces.append(gram_II.diagonal().sum(dtype=torch.float64))
+        spectra.append(top_eigenvalues(gram_II))
     return InputCheck(
         name=name,
         num_tokens=first.num_tokens + second.num_tokens,
@@ -189,7 +195,7 @@ def compare(name: str, first: LinearStats, second: LinearStats) -> InputCheck:
         absmax_ratio=float(ratio_I.median()) if both_seen else 0.0,
         top_overlap=len(top[0] & top[1]) / num_top if both_seen else 0.0,
         trace_difference=float(_difference(*traces)) if both_seen else 2.0,
-        eigenvalue_difference=float(_difference(*map(top_eigenvalues, grams)).median()) if both_seen else 2.0,
+        eigenvalue_difference=float(_difference(*spectra).median()) if both_seen else 2.0,
     )
 
 

@@ -142,7 +142,10 @@ def watched_steps(
                 _run(step, watcher, spans, advance)
                 watchers += [watcher] if watcher else []
             step.outputs_NTD = step.inputs_NTD
+            watcher = None
             yield step, watchers
+            # Nothing of a layer stays in memory while the next one is summed.
+            watchers.clear()
 
 
 class Watcher:
@@ -178,9 +181,9 @@ class Watcher:
             (sums for sums, (seen, version) in self._latest.items() if seen() is x and version == x._version),
             None,
         )
-        sums = self._sums.setdefault(
-            name, shared or InputSums(self.inside + name, x.shape[-1], self.accumulate, x.device)
-        )
+        if name not in self._sums:
+            self._sums[name] = shared or InputSums(self.inside + name, x.shape[-1], self.accumulate, x.device)
+        sums = self._sums[name]
         if sums is shared and sums.name != self.inside + name:
             return
         assert sums.name == self.inside + name, (

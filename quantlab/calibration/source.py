@@ -2,12 +2,14 @@
 
 The model is built with its parameters on the meta device; its buffers are real, so that those which no checkpoint
 holds (rotary frequencies) are right. A layer's weights are copied out of memory-mapped safetensors when it is entered
-and dropped when it is left; one shard is mapped at a time.
+and dropped when it is left; one shard is mapped at a time, and anew after every 64 MB: what has been read of a mapped
+file takes memory as long as it is mapped.
 
 Of the token embedding only the rows of the text's tokens are read: its memory is reserved whole, but untouched pages
 take none.
 """
 
+import ctypes
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -32,12 +34,15 @@ from quantlab.config import CheckpointConfig
 from quantlab.errors import CalibrationError
 from quantlab.inspection.checkpoint import CheckpointInfo
 from quantlab.inspection.folder import open_folder
+from quantlab.inspection.safetensors_header import StoredTensor
 from quantlab.models.loading import resolve_device, resolve_dtype
 
 __all__ = ["FolderSource", "Lent", "must_stream", "open_lent"]
 
 SHARE = 0.5
 """Of the memory that is free: a model above it is streamed, since statistics and activations need room too."""
+_MAPPED = 64 << 20
+"""Bytes that are read of a shard before it is mapped anew."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class FolderSource:
         # A checkpoint of the base model lacks its prefix.
         self.places = {
             name: next(
-                ((own, stored[own].file) for own in (name, name.removeprefix(prefix)) if own in stored), None
+                ((own, stored[own]) for own in (name, name.removeprefix(prefix)) if own in stored), None
             )
             for name in model.state_dict()
         }
@@ -122,6 +127,7 @@ class FolderSource:
         """Weights of one decoder layer; what the block has put in their place is left there."""
         with self._lent({f"{name}.{inner}": inner for inner in layer.state_dict()}, layer, None):
             yield
+        _trim()
 
     @contextmanager
     def outside(self, ids: Tensor) -> Iterator[None]:
@@ -138,7 +144,7 @@ class FolderSource:
         """The tensors (full name -> name within the module) in place, and gone when the block ends."""
         taken: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
         try:
-            for file, held in self._by_shard(names).items():
+            for file, held in self._portions(names):
                 with safe_open(file, framework="pt") as shard:
                     for full, stored_name in held:
                         owner, leaf = _owner(module, names[full])
@@ -151,18 +157,28 @@ class FolderSource:
                 if owner._parameters.get(leaf) is lent_:
                     owner._parameters[leaf] = empty
 
-    def _by_shard(self, names: Iterable[str]) -> dict[Path, list[tuple[str, str]]]:
-        """Each name and the one that it is stored under, by the file that holds them."""
-        shards: dict[Path, list[tuple[str, str]]] = {}
-        for name in names:
-            place = self.places[name]
-            if place is None:
-                raise CalibrationError(
-                    f"a streamed checkpoint must store its tensors as the model names them: {self.folder} has no "
-                    f"{name!r}. Leave --stream out."
-                )
-            shards.setdefault(place[1], []).append((name, place[0]))
-        return shards
+    def _portions(self, names: Iterable[str]) -> list[tuple[Path, list[tuple[str, str]]]]:
+        """What is read of a shard at a time: each name and the one that it is stored under, shard after shard."""
+        places = [(name, *self._stored(name)) for name in names]
+        portions: list[tuple[Path, list[tuple[str, str]]]] = []
+        size = 0
+        for name, own, tensor in sorted(places, key=lambda place: (place[2].file, place[2].begin)):
+            size += tensor.end - tensor.begin
+            if not portions or portions[-1][0] != tensor.file or size > _MAPPED:
+                portions.append((tensor.file, []))
+                size = tensor.end - tensor.begin
+            portions[-1][1].append((name, own))
+        return portions
+
+    def _stored(self, name: str) -> tuple[str, StoredTensor]:
+        """The name that a tensor is stored under, and where."""
+        place = self.places[name]
+        if place is None:
+            raise CalibrationError(
+                f"a streamed checkpoint must store its tensors as the model names them: {self.folder} has no "
+                f"{name!r}. Leave --stream out."
+            )
+        return place
 
     def _place(
         self, stored: Tensor, owner: nn.Module, leaf: str, full: str, ids: Tensor | None
@@ -202,6 +218,13 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds a tensor, and the tensor's name in it."""
     path, _, leaf = name.rpartition(".")
     return module.get_submodule(path), leaf
+
+
+def _trim() -> None:
+    """Give freed memory back to the system: glibc keeps what lies between blocks that are still in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def _free_memory() -> int:

@@ -5,6 +5,7 @@ I: input channels of a linear; H: heads, C: channels of a head.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 __all__ = ["AttentionStats", "LinearStats", "Ranges"]
@@ -29,6 +30,13 @@ class LinearStats:
     def absmax_I(self) -> Tensor:
         """Largest magnitude of each channel, float32."""
         return self.minimum_I.abs().maximum(self.maximum_I.abs())
+
+    def to(self, device: torch.device) -> "LinearStats":
+        """The same on a device; itself where it is there already."""
+        if self.gram_II.device == device:
+            return self
+        low, high, mean = (x.to(device) for x in (self.minimum_I, self.maximum_I, self.mean_I))
+        return LinearStats(self.gram_II.to(device), low, high, mean, self.num_tokens)
 
     def divided(self, scales_I: Tensor) -> "LinearStats":
         """Statistics of the inputs x / scales, as after folding `scales_I` (positive, [I]) into what makes them.

@@ -1,11 +1,16 @@
 """What calibration sums is what a plain forward shows."""
 
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from quantlab.calibration import accumulators, collect
+from quantlab.calibration.cache import calibrated
+from quantlab.calibration.check import check_text_of
 from quantlab.calibration.collect import Calibration, calibrate
 from quantlab.errors import CalibrationError
 from quantlab.layers.targets import find_targets
@@ -218,3 +223,30 @@ def _replaced(model: nn.Module, name: str, change: Any) -> nn.Module:
     """The model with the output of whatever comes before a linear changed."""
     model.get_submodule(name).register_forward_pre_hook(lambda _, args: (change(args[0]),))
     return model
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_nothing_of_a_layer_is_left_when_the_next_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: bool
+) -> None:
+    """Peak memory is that of one layer; and sums are made once for each distinct input, whatever the batches."""
+    grams: list[weakref.ref[torch.Tensor]] = []
+    kept: list[int] = []
+    plain, model = accumulators.InputSums, toys.toy_model()
+
+    def counted(*args: Any) -> accumulators.InputSums:
+        found = plain(*args)
+        grams.append(weakref.ref(found.gram_II))
+        return found
+
+    monkeypatch.setattr(collect, "InputSums", counted)
+    monkeypatch.setattr(
+        collect, "_check_weights", lambda step: kept.append(sum(gram() is not None for gram in grams))
+    )
+    if check:
+        monkeypatch.setattr("quantlab.calibration.check.overlaps", lambda texts: {})
+        check_text_of(model, _ids(), toys.toy_tokenizer(), batch_size=1)
+    else:
+        calibrated(model, _ids(), folder=tmp_path, checkpoint="abc", batch_size=1)
+    assert len(grams) == (16 if check else 8)
+    assert kept == [0, 0]

@@ -1,6 +1,7 @@
 """A streamed model is the model in memory: same statistics, no weight left behind, one shard mapped at a time."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,28 @@ def test_one_shard_is_mapped_at_a_time(tmp_path: Path, monkeypatch: pytest.Monke
     for _ in walk_blocks(lent.model, _ids(), source=lent.source):
         assert _mapped(tmp_path) == 0
     assert counts == [0, 1]
+
+
+def test_a_shard_is_mapped_anew_after_some_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages that were read stay in memory as long as their file is mapped."""
+    toys.toy_model().save_pretrained(tmp_path)
+    toys.toy_tokenizer().save_pretrained(tmp_path)
+    config = CheckpointConfig(path=str(tmp_path), device="cpu")
+    source = open_lent(config, inspect_checkpoint(config)).source
+    names = [f"model.layers.0.{name}" for name in source.layers[0].state_dict()]
+    assert len(source._portions(names)) == 1
+    # up_proj, gate_proj, down_proj: 96 x 64 x 4 bytes each, others are smaller
+    monkeypatch.setattr(sources, "_MAPPED", 96 * 64 * 4)
+    portions = source._portions(names)
+    sizes = [sum(_num_bytes(source, own) for _, own in held) for _, held in portions]
+    assert max(sizes) == 96 * 64 * 4 and all(a + b > 96 * 64 * 4 for a, b in pairwise(sizes))
+    assert sorted(name for _, held in portions for name, _ in held) == sorted(names)
+
+
+def _num_bytes(source: sources.FolderSource, name: str) -> int:
+    stored = source.places[name]
+    assert stored is not None
+    return stored[1].end - stored[1].begin
 
 
 def _mapped(folder: Path) -> int:
