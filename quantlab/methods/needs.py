@@ -44,7 +44,7 @@ def second_moments(method: str, weight_OI: Tensor, stats: LinearStats | None) ->
 
 
 def unit_gram(method: str, weight_OI: Tensor, stats: LinearStats | None) -> tuple[Tensor, str]:
-    """X^T X over its largest diagonal value, [I, I] float32, and a note where no input was seen. Raises as `gram_of`."""
+    """X^T X over its largest diagonal value, [I, I] float32; a note where no input was seen. Raises as `gram_of`."""
     gram_II = gram_of(method, weight_OI, stats)
     largest = gram_II.diagonal().max()
     if largest <= 0:

@@ -27,7 +27,7 @@ def autoround(
 ) -> list[Solved]:
     """A layer of one linear, under the signature of the others."""
     layer = nn.Sequential(nn.Linear(weight_OI.shape[1], len(weight_OI), bias=False)).requires_grad_(False)
-    layer[0].weight.data = weight_OI.clone()  # type: ignore[union-attr]
+    layer[0].weight.data = weight_OI.clone()
     x_NTI = inputs_of(60, weight_OI.shape[1]).unflatten(0, (6, 10))
 
     def run(numbers: Sequence[int]) -> Tensor:
