@@ -112,6 +112,11 @@ class RangeSums:
         self.minimum_HC = low_HC if self.minimum_HC is None else self.minimum_HC.minimum(low_HC)
         self.maximum_HC = high_HC if self.maximum_HC is None else self.maximum_HC.maximum(high_HC)
 
+    @property
+    def has_seen(self) -> bool:
+        """Whether there was a call."""
+        return self.minimum_HC is not None
+
     def result(self) -> Ranges:
         """The extremes, on the CPU."""
         assert self.minimum_HC is not None and self.maximum_HC is not None

@@ -12,6 +12,7 @@ Letters: N sequences, T tokens, B sequences of a batch, H heads, C channels of a
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -148,6 +149,22 @@ def watched_steps(
             watchers.clear()
 
 
+class _Seen:
+    """A tensor that was read, told from others by identity: one that is gone or was changed in place is none of them.
+
+    A view of it is another tensor. Tensors of inference mode do not tell when they are changed, so they are never
+    taken for one that was seen.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.tensor = weakref.ref(x)
+        self.version = None if x.is_inference() else x._version
+
+    def is_still(self, x: Tensor) -> bool:
+        """Whether x is this tensor, with the values that it had."""
+        return self.tensor() is x and self.version is not None and self.version == x._version
+
+
 class Watcher:
     """What is seen of one layer's linears and attention."""
 
@@ -159,7 +176,8 @@ class Watcher:
         self.linears = [name.removeprefix(inside) for name in linears if name.startswith(inside)]
         self.inside = inside
         self._sums: dict[str, InputSums] = {}
-        self._latest: dict[InputSums, tuple[weakref.ref[Tensor], int]] = {}
+        self._latest: dict[InputSums, _Seen] = {}
+        self._calls: Counter[str] = Counter()
         self._ranges = {
             f"{name}.{site}".removeprefix(inside): RangeSums(f"{name}.{site}")
             for name in attention
@@ -177,27 +195,33 @@ class Watcher:
             self._see_linear(name, args[0] if before is None else before(args[0]))
 
     def _see_linear(self, name: str, x: Tensor) -> None:
-        shared = next(
-            (sums for sums, (seen, version) in self._latest.items() if seen() is x and version == x._version),
-            None,
-        )
+        self._calls[name] += 1
+        shared = next((sums for sums, seen in self._latest.items() if seen.is_still(x)), None)
         if name not in self._sums:
             self._sums[name] = shared or InputSums(self.inside + name, x.shape[-1], self.accumulate, x.device)
         sums = self._sums[name]
-        if sums is shared and sums.name != self.inside + name:
-            return
-        assert sums.name == self.inside + name, (
-            f"{name} shares its inputs with {sums.name} in some calls only"
+        if sums.name == self.inside + name:
+            sums.add(x)
+            self._latest[sums] = _Seen(x)
+        elif sums is not shared:
+            raise self._shared_in_part(name)
+
+    def _shared_in_part(self, name: str) -> CalibrationError:
+        """Sums of two linears that turn out to differ cannot be told apart any more."""
+        return CalibrationError(
+            f"linears that read one tensor must do so in every call, to share its X^T X: {self.inside}{name} and "
+            f"{self._sums[name].name} read one in some calls only. This architecture cannot be calibrated."
         )
-        sums.add(x)
-        self._latest[sums] = weakref.ref(x), x._version
 
     def result(self, name: str) -> BlockStats:
         """The layer's statistics; what was summed is used up.
 
         Raises:
-            CalibrationError: X^T X overflows.
+            CalibrationError: X^T X overflows, or linears shared their inputs in some calls only.
         """
+        for each, known in self._sums.items():
+            if self._calls[each] != self._calls[known.name.removeprefix(self.inside)]:
+                raise self._shared_in_part(each)
         results = {sums: sums.result() for sums in self._sums.values()}
         linears = {}
         for each in self.linears:
@@ -205,9 +229,11 @@ class Watcher:
             linears[self.inside + each] = (
                 results[sums] if sums else unseen(_inputs(self.layer.get_submodule(each)), self.accumulate)
             )
+        # A layer whose attention did not reach its sites is left out.
         attention = {
             self.inside + each: AttentionStats(*(self._ranges[f"{each}.{site}"].result() for site in _SITES))
             for each in dict.fromkeys(place.rpartition(".")[0] for place in self._ranges)
+            if all(self._ranges[f"{each}.{site}"].has_seen for site in _SITES)
         }
         return BlockStats(name, linears, attention)
 
@@ -253,15 +279,20 @@ def _inputs(linear: nn.Module) -> int:
 
 
 def _has_sites(model: nn.Module, ids_NT: Tensor, source: Source | None) -> bool:
-    """Whether the model's attention reaches its sites, tried on two tokens in the first layer."""
+    """Whether the model's attention reaches its sites, tried on two tokens in the first layer that has attention."""
     reached: list[str] = []
+    holders = tuple(name for name, _ in attention_layers(model))
     try:
         with attention_sites(model):
             # Held, since the weights of the step are gone when the walk is.
             steps = walk_blocks(model, ids_NT[:1, :2], source=source)
-            step, places = next(steps), [f"*{site}" for site in _SITES]
-            with watch(step.layer, places, lambda name, *_: reached.append(name)), torch.no_grad():
-                step.run(0, 1)
+            step = next(
+                (step for step in steps if any(name.startswith(f"{step.name}.") for name in holders)), None
+            )
+            if step is not None:
+                places = [f"*{site}" for site in _SITES]
+                with watch(step.layer, places, lambda name, *_: reached.append(name)), torch.no_grad():
+                    step.run(0, 1)
             steps.close()
     except ProbeError:
         return False

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from probes.hooks import watch
 from quantlab.calibration import accumulators, collect
 from quantlab.calibration.cache import calibrated
 from quantlab.calibration.check import check_text_of
 from quantlab.calibration.collect import Calibration, calibrate
+from quantlab.calibration.stream import BlockStep
 from quantlab.errors import CalibrationError
 from quantlab.layers.targets import find_targets
 from tests import toys
@@ -250,3 +252,134 @@ def test_nothing_of_a_layer_is_left_when_the_next_is_there(
         calibrated(model, _ids(), folder=tmp_path, checkpoint="abc", batch_size=1)
     assert len(grams) == (16 if check else 8)
     assert kept == [0, 0]
+
+
+class _Twins(nn.Module):
+    """Two linears; `calls` says for each of them which of the given tensors it reads, in order."""
+
+    def __init__(self, *calls: tuple[str, int]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 2), nn.Linear(8, 2)
+        self.calls = calls
+
+    def forward(self, *xs: torch.Tensor) -> None:
+        for name, which in self.calls:
+            self.get_submodule(name)(xs[which])
+
+
+def _seen(twins: _Twins, *xs: torch.Tensor) -> dict[str, Any]:
+    step = BlockStep("layer", twins, torch.empty(0), lambda n: None)  # type: ignore[arg-type,return-value]
+    watcher = collect.Watcher(step, ["layer.a", "layer.b"], [], torch.float32)
+    with torch.no_grad(), watch(twins, watcher.places, watcher.see):
+        twins(*xs)
+    return dict(watcher.result("layer").linears)
+
+
+def _x(seed: int = 0) -> torch.Tensor:
+    return torch.randn(5, 8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("calls", [[("a", 0), ("b", 0)], [("b", 0), ("a", 0), ("b", 1), ("a", 1)]])
+def test_one_tensor_is_summed_once(calls: list[tuple[str, int]]) -> None:
+    x, y = _x(), _x(1)
+    found = _seen(_Twins(*calls), x, y)
+    expected = x.T @ x + (y.T @ y if len(calls) > 2 else 0)
+    assert found["layer.a"].gram_II is found["layer.b"].gram_II
+    torch.testing.assert_close(found["layer.a"].gram_II, expected)
+
+
+def test_views_and_copies_of_a_tensor_are_tensors_of_their_own() -> None:
+    x = _x()
+    found = _seen(_Twins(("a", 0), ("b", 1)), x, x.view(5, 8))
+    assert found["layer.a"].gram_II is not found["layer.b"].gram_II
+    assert torch.equal(found["layer.a"].gram_II, found["layer.b"].gram_II)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("part", [slice(None), slice(2, 3)])
+def test_a_tensor_changed_in_place_is_another(inference: bool, part: slice) -> None:
+    """Whether itself or through a view."""
+    with torch.inference_mode(inference):
+        x = _x().clone()
+        before, twins = x.clone(), _Twins(("a", 0), ("b", 0))
+
+        def double(_: nn.Module, args: tuple[torch.Tensor]) -> None:
+            args[0][part].mul_(2)
+
+        twins.b.register_forward_pre_hook(double)
+        found = _seen(twins, x)
+    torch.testing.assert_close(found["layer.a"].gram_II, before.T @ before)
+    torch.testing.assert_close(found["layer.b"].gram_II, x.T @ x)
+    assert not torch.equal(found["layer.a"].gram_II, found["layer.b"].gram_II)
+
+
+def test_a_tensor_in_the_place_of_one_that_is_gone_is_another() -> None:
+    """Identities are reused as soon as a tensor is freed."""
+    watcher = collect.Watcher(
+        BlockStep("layer", _Twins(), torch.empty(0), lambda n: None),  # type: ignore[arg-type,return-value]
+        ["layer.a", "layer.b"], [], torch.float32,
+    )  # fmt: skip
+    ids = []
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        x = torch.full((1, 8), value)
+        ids.append(id(x))
+        watcher.see(name, nn.Identity(), (x,), None)
+        del x
+    found = watcher.result("layer").linears
+    assert ids[0] == ids[1]
+    assert (found["layer.a"].gram_II == 1).all() and (found["layer.b"].gram_II == 4).all()
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [("a", 0), ("b", 0), ("a", 1), ("b", 2)],  # b goes its own way
+        [("a", 0), ("b", 0), ("a", 1)],  # b is left out
+        [("a", 0), ("a", 0), ("b", 0)],  # a reads it twice
+    ],
+)
+def test_linears_that_share_in_some_calls_only_are_refused(calls: list[tuple[str, int]]) -> None:
+    with pytest.raises(
+        CalibrationError, match=r"must do so in every call.*layer\.b and layer\.a read one in some calls only"
+    ):
+        _seen(_Twins(*calls), _x(), _x(1), _x(2))
+
+
+def test_linears_that_meet_later_keep_sums_of_their_own() -> None:
+    x, y, z = _x(), _x(1), _x(2)
+    found = _seen(_Twins(("a", 0), ("b", 1), ("a", 2), ("b", 2)), x, y, z)
+    torch.testing.assert_close(found["layer.a"].gram_II, x.T @ x + z.T @ z)
+    torch.testing.assert_close(found["layer.b"].gram_II, y.T @ y + z.T @ z)
+
+
+def test_calibration_works_in_inference_mode() -> None:
+    expected = calibrate(toys.toy_model(), _ids()).linears
+    with torch.inference_mode():
+        found = calibrate(toys.toy_model(), _ids()).linears
+    for name, stats in expected.items():
+        assert torch.equal(found[name].gram_II, stats.gram_II)
+
+
+def test_only_layers_whose_attention_reaches_its_sites_have_ranges() -> None:
+    """The first layer of some architectures has no softmax attention, or a later one goes its own way."""
+    for layer, left in ((0, ["model.layers.1.self_attn"]), (1, ["model.layers.0.self_attn"])):
+        model = toys.toy_model()
+        model.model.layers[layer].self_attn = _Mixer()
+        assert list(calibrate(model, _ids()).attention) == left
+    model = toys.toy_model()
+    inner = model.model.layers[1].self_attn
+    inner.forward = lambda hidden_states, **_: (inner.o_proj(hidden_states), None)
+    found = calibrate(model, _ids())
+    assert list(found.attention) == ["model.layers.0.self_attn"]
+    assert found.linears["model.layers.1.self_attn.q_proj"].num_tokens == 0
+
+
+class _Mixer(nn.Module):
+    """Stands for attention without a softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(64, 64)
+
+    def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor, None]:
+        return self.mix(hidden_states), None
