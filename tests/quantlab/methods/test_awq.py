@@ -88,6 +88,19 @@ def test_scales_are_the_best_of_the_grid_and_never_worse_than_none(spec: TensorS
     assert mine < 0.9 * errors[0]
 
 
+def test_scales_are_the_best_for_grids_as_they_are_stored() -> None:
+    weight, stats, spec = heavy_tailed(8, seed=5), stats_of(inputs_of()), TensorSpec(8, "channel")
+    candidates = awq.candidate_scales([weight], spec, stats.gram_II, 20)
+    best = []
+    for dtype in (torch.float32, torch.bfloat16):
+        scales = awq.search_scales([weight], spec, stats, scale_dtype=dtype)
+        errors = awq.output_errors([weight], spec, stats.gram_II, candidates, scale_dtype=dtype)
+        (mine,) = awq.output_errors([weight], spec, stats.gram_II, scales.unsqueeze(0), scale_dtype=dtype)
+        assert mine <= min(errors) * (1 + 1e-5)
+        best.append(errors.index(min(errors)))
+    assert best[0] != best[1], "the case must tell the two apart"
+
+
 def test_a_salient_channel_is_scaled_up() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, 64, generator=generator)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantlab.calibration.statistics import LinearStats
 from quantlab.errors import ConfigError, SchemeError
-from quantlab.methods import columns, hessian
+from quantlab.methods import columns, gptq, hessian
 from quantlab.methods.config import GptqConfig, MethodConfig
 from quantlab.methods.gptq import quantize_weights
 from quantlab.methods.needs import UNSEEN
@@ -418,6 +418,30 @@ def test_large_inputs_are_the_same_inputs():
         assert torch.equal(scaled.codes, solve(weight_OI, channel(4), stats_of(x_TI)).codes)
 
 
+def test_feedback_that_would_overflow_float32_is_computed_wider():
+    weight_OI, stats = random(OUTPUTS, INPUTS), stats_of(correlated())
+    for spec in (channel(2), group(2, 16)):
+        calm, huge = (solve(weight_OI * factor, spec, stats).dequantize() for factor in (1.0, 2.0**125))
+        # Half way between two codes float32 and float64 may part.
+        assert loss(weight_OI, huge * 2.0**-125, stats) == pytest.approx(
+            loss(weight_OI, calm, stats), rel=3e-3
+        )
+
+
+@pytest.mark.parametrize("config", [DEFAULT, DYNAMIC])
+def test_the_loop_meets_whole_vectors_alone(config, monkeypatch):
+    seen = []
+
+    def spy(weight_IO, *rest):
+        seen.append(weight_IO.shape[1])
+        return columns.solve_columns(weight_IO, *rest)
+
+    monkeypatch.setattr(gptq, "solve_columns", spy)
+    for outputs in (1, 16, 40):
+        quantize_weights(random(outputs, INPUTS), [group(4, 16)], stats_of(correlated()), config=config)
+    assert seen == [16, 16, 48]
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_numbers_that_are_not_finite_are_named(bad):
     weight_OI, stats = random(OUTPUTS, INPUTS), stats_of(correlated())
@@ -459,6 +483,29 @@ def test_searched_ranges_lower_the_loss(spec, config):
         searched += loss(weight_OI, solved.quantized.dequantize(), stats)
         full += loss(weight_OI, solve(weight_OI, spec, stats, config).dequantize(), stats)
     assert searched < full
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [DEFAULT, DYNAMIC])
+def test_a_range_is_the_best_by_the_pivots_of_its_own_channels(config, scale_dtype):
+    weight_OI, spec = random(OUTPUTS, INPUTS), group(3, 16)
+    # Groups do not correlate, so that feedback leaves each group's weights as they are when its turn comes.
+    blocks = [stats_of(correlated(inputs=16, seed=30 + g)).gram_II for g in range(4)]
+    gram_II = torch.block_diag(*(block.flip(0, 1) if g % 2 else block for g, block in enumerate(blocks)))
+    stats = LinearStats(gram_II, *([torch.zeros(INPUTS)] * 3), TOKENS)
+    (solved,) = quantize_weights(weight_OI, [spec], stats, scale_dtype=scale_dtype, config=config)
+    pivots_I = hessian.feedback_of(gram_II, damping=0.01, act_order=config.gptq.act_order).pivots_I.double()
+    weight_OGg, pivots_Gg = weight_OI.double().unflatten(1, (4, 16)), pivots_I.unflatten(0, (4, 16))
+
+    def error_of(scale_OG: Tensor) -> Tensor:
+        scale = scale_OG.double()[..., None]
+        residual = (weight_OGg / scale).round().clamp(-4, 3) * scale - weight_OGg
+        return (pivots_Gg * residual.square()).sum(-1)
+
+    absmax_OG, factors = weight_OGg.float().abs().amax(-1), torch.linspace(1, 1 - 1.4 / 3, 12).tolist()
+    tried = [error_of((absmax_OG * factor / 3).to(scale_dtype)) for factor in factors]
+    # Errors are compared in float32.
+    assert (error_of(solved.quantized.scale) <= torch.stack(tried).amin(0) * (1 + 1e-5)).all()
 
 
 def test_pivots_are_what_the_channels_after_leave_unexplained():

@@ -66,6 +66,25 @@ def test_zero_points_are_real_and_as_they_are_stored(spec: TensorSpec) -> None:
     assert fitted.storage_bits(16) == fitted.codes.numel() * spec.bits + fitted.scale.numel() * 32
 
 
+def test_the_alternation_is_its_formula_in_float64() -> None:
+    weight, spec = heavy_tailed(), TensorSpec(4, "channel", symmetric=False)
+    rtn, fitted = quantize_weight(weight, spec), fit_weight(weight, spec, HqqConfig())
+    assert fitted.zero_point is not None and rtn.zero_point is not None
+    for units, first, found in zip(
+        (weight / rtn.scale).double(), rtn.zero_point.flatten(), fitted.zero_point.flatten(), strict=True
+    ):
+        zero, met = first.double(), []
+        for step in range(21):
+            codes = (units + zero).round().clamp(0, 15)
+            residual = units - (codes - zero)
+            met.append((float(residual.abs().pow(0.7).sum()), float(zero)))
+            beta = 10 * 1.01**step
+            sparse = residual.sign() * (residual.abs() - residual.abs().pow(-0.3) / beta).clamp(min=0)
+            zero = (codes - units + sparse).mean()
+        fall = next((k for k in range(1, 21) if met[k][0] >= met[k - 1][0]), 21)
+        assert float(found) == pytest.approx(met[fall - 1][1], rel=1e-5)
+
+
 def test_weights_on_a_grid_stay_on_it() -> None:
     codes = torch.randint(0, 16, (8, 32), generator=torch.Generator().manual_seed(0))
     codes[:, 0], codes[:, 1] = 0, 15
