@@ -29,7 +29,8 @@ def gram_of(method: str, weight_OI: Tensor, stats: LinearStats | None) -> Tensor
             f"of shape {tuple(weight_OI.shape)}. Calibrate this checkpoint again."
         )
     if not bool(gram_II.isfinite().all()):
-        channel = int((~gram_II.isfinite()).any(0).nonzero()[0])
+        # One such input spoils its own row and column, and one place of every other.
+        channel = int((~gram_II.isfinite()).sum(0).argmax())
         raise SchemeError(
             f"X^T X must be finite: found NaN or infinity at input channel {channel} of {gram_II.shape[0]}. Look for "
             "the first layer with such activations (quantlab profile), or calibrate in float32."

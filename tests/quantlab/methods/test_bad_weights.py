@@ -184,7 +184,9 @@ def test_statistics_of_another_layer_are_refused(name: str) -> None:
 def test_statistics_that_are_not_finite_are_refused(name: str, bad: float) -> None:
     x = inputs_of()
     x[7, 9] = bad
-    with pytest.raises(SchemeError, match=r"X\^T X must be finite: found NaN or infinity at input channel"):
+    with pytest.raises(
+        SchemeError, match=r"X\^T X must be finite: found NaN or infinity at input channel 9 of 64"
+    ):
         METHODS[name](heavy_tailed(), [TensorSpec(4, "channel")], stats_of(x))
 
 
