@@ -70,6 +70,16 @@ def test_the_error_falls_below_that_of_round_to_nearest(name: str, layer: Layer,
     assert error(layer, inputs, found) < 0.9 * error(layer, inputs, nearest)
 
 
+def test_steps_that_leap_too_far_leave_the_best_codes_that_were_seen(layer: Layer, inputs: Tensor) -> None:
+    wild = CONFIG.model_copy(update={"learning_rate": 1.0, "num_steps": 11})
+    found = tuned(layer, inputs, "w4g16", wild)
+    nearest = {
+        each: quantize_weight(layer.get_submodule(each).weight, spec_of("w4g16")).dequantize()  # type: ignore[arg-type]
+        for each in ("up", "down")
+    }
+    assert error(layer, inputs, found) <= error(layer, inputs, nearest) * (1 + 1e-5)
+
+
 def test_codes_are_on_the_grid_and_the_layer_is_as_before(layer: Layer, inputs: Tensor) -> None:
     modules, weights = dict(layer.named_modules()), {k: v.clone() for k, v in layer.state_dict().items()}
     solved = tune_layer(
