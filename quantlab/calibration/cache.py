@@ -4,14 +4,17 @@
                          ids.safetensors              the tokens
                          model.layers.3.safetensors   statistics of one layer; one Gram matrix for each distinct input
 
-The key covers the checkpoint's content, the tokens, dtype, dtype of the sums, transforms and the format's version. A
-folder gets its name when it is complete. Until then each finished layer is kept: after a kill the same call runs those
-layers again, to have their outputs, but sums nothing for them.
+The key covers the checkpoint's content, the tokens, dtype, dtype of the sums, transforms, the format's version, the
+version of transformers and the sources that decide the numbers. Device and batch size change rounding alone. A folder
+gets its name when it is complete. Until then each finished layer is kept: after a kill the same call runs those layers
+again, to have their outputs, but sums nothing for them.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -37,6 +40,8 @@ FORMAT_VERSION = 1
 FOLDER = Path("runs/calibration")
 """Where calibrations go unless the configuration says otherwise."""
 
+_SOURCES = ("probes", "quantlab/calibration", "quantlab/layers", "quantlab/models")
+"""Packages that decide what is summed."""
 _VALUES = ("minimum_I", "maximum_I", "mean_I")
 _RANGES = ("query", "key", "value")
 
@@ -74,6 +79,8 @@ def calibrated(
         "dtype": _name(next(model.parameters()).dtype),
         "accumulate": _name(accumulate),
         "transforms": transforms,
+        "transformers": version("transformers"),
+        "code": _code(),
     }
     key = fingerprint(made_by)
     with RunStore(folder).claim(key):
@@ -112,15 +119,15 @@ def open_calibration(path: Path, made_by: Mapping[str, Any] | None = None) -> Ca
     try:
         index = json.loads((path / "index.json").read_text(encoding="utf-8"))
         found, layers = index["made_by"], index["layers"]
-        version = found["format_version"]
-        if version == FORMAT_VERSION:
+        format_version = found["format_version"]
+        if format_version == FORMAT_VERSION:
             _check_digest(path / "ids.safetensors", index["ids"])
             ids_NT = load_file(path / "ids.safetensors")["ids_NT"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise _damaged(path / "index.json", f"{type(error).__name__}: {error}") from error
-    if version != FORMAT_VERSION:
+    if format_version != FORMAT_VERSION:
         raise CalibrationError(
-            f"a stored calibration must be of format version {FORMAT_VERSION}: {path} is of version {version}. "
+            f"a stored calibration must be of format version {FORMAT_VERSION}: {path} is of version {format_version}. "
             "Delete the folder; the next run makes it again."
         )
     for name, value in (made_by or {}).items():
@@ -304,6 +311,14 @@ def _digest(file: Path) -> str:
 def _natural(name: str) -> list[Any]:
     """Sorts model.layers.10 after model.layers.9."""
     return [(part.isdecimal(), int(part) if part.isdecimal() else part) for part in name.split(".")]
+
+
+@cache
+def _code() -> str:
+    """Hash of the sources that decide the numbers."""
+    root = Path(__file__).resolve().parents[2]
+    files = [file for package in _SOURCES for file in (root / package).rglob("*.py")]
+    return fingerprint({file.relative_to(root).as_posix(): _digest(file) for file in files})
 
 
 def _name(dtype: torch.dtype) -> str:

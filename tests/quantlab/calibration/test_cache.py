@@ -60,9 +60,19 @@ def test_what_makes_it_names_it(tmp_path: Path, changes: dict[str, Any]) -> None
 def test_other_tokens_dtype_and_version_make_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {_store(tmp_path).key, _store(tmp_path, model=toys.toy_model().bfloat16()).key}
     keys.add(calibrated(toys.toy_model(), _ids(seed=2), folder=tmp_path, checkpoint="abc").key)
-    monkeypatch.setattr(cache, "FORMAT_VERSION", 2)
-    keys.add(_store(tmp_path).key)
-    assert len(keys) == 4
+    for name, value in (("FORMAT_VERSION", 2), ("version", lambda name: "0.0"), ("_code", lambda: "other")):
+        monkeypatch.setattr(cache, name, value)
+        keys.add(_store(tmp_path).key)
+    assert len(keys) == 6
+
+
+def test_the_code_is_all_that_decides_the_numbers() -> None:
+    """Every package whose modules a calibration runs, once each."""
+    root = Path(cache.__file__).parents[2]
+    assert all(list((root / package).glob("*.py")) for package in cache._SOURCES)
+    used = ("quantlab/layers/targets.py", "quantlab/calibration/stream.py", "probes/attention.py")
+    assert all(file.startswith(cache._SOURCES) and (root / file).exists() for file in used)
+    assert cache._code() == cache._code() and len(cache._code()) == 64
 
 
 def test_linears_that_share_an_input_share_one_gram_on_disk_and_in_memory(tmp_path: Path) -> None:

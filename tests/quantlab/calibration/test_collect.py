@@ -107,6 +107,22 @@ def test_value_ranges_are_those_of_v_proj() -> None:
     torch.testing.assert_close(value.maximum_HC.flatten(), seen[0].amax((0, 1)), rtol=1e-4, atol=1e-6)
 
 
+def test_ranges_keep_their_signs_over_all_calls() -> None:
+    sums = accumulators.RangeSums("site")
+    sums.add(torch.tensor([[-3.0, 2.0], [-2.0, 5.0]]).reshape(1, 1, 2, 2))
+    sums.add(torch.tensor([[-4.0, 3.0], [-5.0, 4.0]]).reshape(2, 1, 1, 2))
+    ranges = sums.result()
+    assert ranges.minimum_HC.tolist() == [[-5.0, 2.0]] and ranges.maximum_HC.tolist() == [[-2.0, 5.0]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_ranges_of_what_is_not_finite_are_refused(value: float) -> None:
+    with pytest.raises(
+        CalibrationError, match=r"activations must be finite: layer\.attn_key holds NaN or Inf"
+    ):
+        accumulators.RangeSums("layer.attn_key").add(torch.full((1, 1, 2, 2), value))
+
+
 @pytest.mark.parametrize("family", ["bloom", "gptj"])
 def test_attention_without_sites_is_left_empty(family: str) -> None:
     found = calibrate(toys.toy_model(family), _ids())
