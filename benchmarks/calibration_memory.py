@@ -4,7 +4,9 @@
 
 Writes a Llama-like checkpoint with random bfloat16 weights (hidden 3072, intermediate 8192, 24 heads, 8 of them keys;
 shards of at most 1 GB) to a temporary folder, runs `quantlab calibrate --stream` on it in a fresh process, and prints
-that process's peak (VmHWM) beside what one block takes. Needs 20 GB of disk for a while; everything is deleted.
+that process's peak (VmHWM) beside what one block takes with its statistics and activations. What the process holds
+before the first weight is read (libraries, tokenizer, the empty model) is counted apart. Needs 20 GB of disk for a
+while; everything is deleted.
 """
 
 import argparse
@@ -39,15 +41,18 @@ LAYER = {
 
 CHILD = """
 import sys
-from quantlab.calibration import job  # what a run imports, to know the memory before any weight
+from quantlab.calibration import job
+from quantlab.cli import main
 def memory(name):
     return next(line.split()[1] for line in open("/proc/self/status") if line.startswith(name))
-before = memory("VmRSS")
-from quantlab.cli import main
+def calibrated(*args, **kwargs):  # called when all is ready and no weight has been read
+    sys.stderr.write(f"BEFORE {memory('VmRSS')}\\n")
+    return found(*args, **kwargs)
+found, job.calibrated = job.calibrated, calibrated
 try:
     main(sys.argv[1:])
 finally:
-    sys.stderr.write(f"MEMORY {before} {memory('VmHWM')}\\n")
+    sys.stderr.write(f"PEAK {memory('VmHWM')}\\n")
 """
 
 
@@ -79,7 +84,7 @@ def say(line: str) -> None:
 def report(before: int, peak: int, itemsize: int) -> None:
     """Print the peak, and the share of it that one block explains; bytes."""
     parts = {
-        "imports": before,
+        "before any weight": before,
         "weights of one block": sum(rows * columns for rows, columns in LAYER.values()) * itemsize,
         "X^T X of one block, float32": (3 * HIDDEN**2 + INNER**2) * 4,
         "activations": SEQUENCES * LENGTH * HIDDEN * itemsize,
@@ -87,15 +92,17 @@ def report(before: int, peak: int, itemsize: int) -> None:
     for name, size in parts.items():
         say(f"{name:32} {size / 1e6:8,.0f} MB")
     block = sum(parts.values()) - before
+    say(f"{'one block in all':32} {block / 1e6:8,.0f} MB")
     say(f"{'peak resident memory':32} {peak / 1e6:8,.0f} MB")
-    share = f"{block / peak:.0%} of the peak, {block / (peak - before):.0%} of what came after the imports"
-    say(f"one block with its activations is {share}")
+    say(
+        f"above what was there before: {(peak - before) / 1e6:,.0f} MB, one block and {(peak - before) / block - 1:.1%}"
+    )
     if peak >= 3e9:
         sys.exit("peak resident memory must stay under 3 GB")
 
 
 def calibrate(place: Path, dtype: str) -> tuple[int, int]:
-    """Resident bytes after the imports and at the peak of a fresh process."""
+    """Resident bytes of a fresh process before it reads a weight, and at its peak."""
     (place / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100, encoding="utf-8")
     command = [
         "calibrate", place / "model", "--stream", "--device", "cpu", "--dtype", dtype, "--text", place / "text.txt",
@@ -111,10 +118,8 @@ def calibrate(place: Path, dtype: str) -> tuple[int, int]:
     )
     if done.returncode:
         sys.exit(done.stderr)
-    before, peak = (
-        line.split()[1:] for line in done.stderr.splitlines() if line.startswith("MEMORY")
-    ).__next__()
-    return int(before) * 1024, int(peak) * 1024
+    marks = dict(line.split() for line in done.stderr.splitlines() if line.startswith(("BEFORE ", "PEAK ")))
+    return int(marks["BEFORE"]) * 1024, int(marks["PEAK"]) * 1024
 
 
 def write_checkpoint(folder: Path, num_layers: int) -> list[Path]:
