@@ -14,7 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from probes.catalogue import STATISTICS
 from quantlab.errors import nearest
 from quantlab.methods.config import MethodConfig
-from quantlab.schemes import Scheme
+from quantlab.schemes import Scheme, width_name
 from quantlab.sections import Section, build_section, read_yaml
 from quantlab.transforms.config import TransformConfig
 
@@ -209,7 +209,7 @@ class QuantizeConfig(Section):
     @field_validator("widths")
     @classmethod
     def _weights_only(cls, values: dict[str, str]) -> dict[str, str]:
-        return {pattern: _weights_name(value) for pattern, value in values.items()}
+        return {pattern: width_name(value) for pattern, value in values.items()}
 
 
 class ExportConfig(Section):
@@ -345,16 +345,6 @@ def run_name(path: str) -> str:
 def _scheme_names(values: Sequence[str]) -> tuple[str, ...]:
     """Canonical names, each once, the 16-bit baseline first."""
     return tuple(dict.fromkeys(["w16", *(Scheme.parse(value).name for value in values)]))
-
-
-def _weights_name(value: str) -> str:
-    """The canonical name of a scheme that is of weights alone."""
-    scheme = Scheme.parse(value)
-    if scheme != Scheme(scheme.weights) or scheme.format is not None:
-        raise ValueError(
-            f"a width must be bits of weights and nothing else, as w8 or w3g64: {value!r} is more"
-        )
-    return scheme.name
 
 
 def _check_named(path: str, info: ValidationInfo) -> None:

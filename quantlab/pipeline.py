@@ -16,7 +16,7 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
-from quantlab.config import CheckpointConfig, ProfileConfig, RunConfig
+from quantlab.config import CheckpointConfig, ProfileConfig, QuantizeConfig, RunConfig
 from quantlab.data.hellaswag import load_hellaswag, select
 from quantlab.data.text import check_text, text_blocks
 from quantlab.errors import ConfigError, RecordError, SchemeError, nearest
@@ -25,7 +25,7 @@ from quantlab.export.formats import find_format
 from quantlab.inspection.checkpoint import CheckpointInfo, inspect_checkpoint
 from quantlab.inspection.precision import stored_precision
 from quantlab.records import Record, check_writable, read_record, read_records
-from quantlab.schemes import Scheme, check_shapes
+from quantlab.schemes import Scheme, check_shapes, check_widths
 from quantlab.sweep.executors import Advance, Event, run_cells
 from quantlab.sweep.jobs import Job, jobs_of
 from quantlab.sweep.plan import Cell, plan
@@ -74,12 +74,17 @@ def check(config: RunConfig) -> tuple[list[CheckpointInfo], dict[str, str], int 
     Returns:
         What each checkpoint is, the SHA-256 of the data of each task, and the number of HellaSwag documents selected.
     """
+    schemes = [name for position in range(len(config.checkpoints)) for name in config.of(position).schemes]
+    if config.quantize.widths and not any(Scheme.parse(name).mixed for name in schemes):
+        raise ConfigError(
+            "quantize.widths is for schemes whose name ends in -mixed: the run has none. Add one, or leave it out."
+        )
     infos = [inspect_checkpoint(checkpoint) for checkpoint in config.checkpoints]
     for position, info in enumerate(infos):
         _check_skip(config.quantize.skip, info)
         exported = [config.export.scheme] if config.export and position == config.exported else []
         for name in (*config.of(position).schemes, *exported):
-            check_shapes(Scheme.parse(name), info.linears, config.quantize.skip)
+            _check_scheme(Scheme.parse(name), config.quantize, info)
     if config.export is not None:
         find_format(config.export.format).check(Scheme.parse(config.export.scheme))
         overwrite = config.export.overwrite or config.export.out is None
@@ -124,6 +129,7 @@ def evaluate_cell(
 
     from quantlab.calibration.calibrator import calibrator_of
     from quantlab.evaluation.tasks import TASKS
+    from quantlab.layers.linear import outlier_columns
     from quantlab.quantize import quantized
 
     assert config.evaluation is not None
@@ -143,10 +149,12 @@ def evaluate_cell(
             task: TASKS[task](checkpoint, scheme, config.evaluation, advance)
             for task in config.evaluation.tasks
         }
+        outliers = outlier_columns(model)
     result: dict[str, Any] = {
         "quantization": changes.summary(),
         **({"calibration": calibrator.summary()} if calibrator else {}),
-        "attention": _attention(checkpoint, sites=bool(scheme.sites)),
+        **({"outlier_columns": outliers} if outliers else {}),
+        "attention": _attention(checkpoint, sites=bool(scheme.sites or scheme.head_sites)),
         **{task: score.summary() for task, score in scores.items()},
     }
     return result, {task: score.items() for task, score in scores.items()}
@@ -232,6 +240,14 @@ def _loaded(content: str, config: CheckpointConfig) -> "Checkpoint":
 
 def _wanted(cell: Cell, only: tuple[str, str] | None) -> bool:
     return only is None or (cell.kind, cell.scheme) == only
+
+
+def _check_scheme(scheme: Scheme, config: QuantizeConfig, info: CheckpointInfo) -> None:
+    """Refuse widths and group sizes that do not fit the checkpoint."""
+    kept = [name for name in info.linears if not any(fnmatchcase(name, each) for each in config.skip)]
+    if info.linears:
+        check_widths(scheme, config.widths, kept)
+    check_shapes(scheme, info.linears, config.skip, config.widths)
 
 
 def _check_skip(skip: Sequence[str], info: CheckpointInfo) -> None:

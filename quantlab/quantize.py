@@ -28,14 +28,13 @@ from quantlab.calibration.calibrator import Calibrator
 from quantlab.calibration.statistics import LinearStats
 from quantlab.changes import Change, Changes
 from quantlab.config import QuantizeConfig
-from quantlab.errors import SchemeError, nearest
+from quantlab.errors import CalibrationError, SchemeError
 from quantlab.kernels.choice import check_integers, choose_kernel
 from quantlab.layers.fake_quant import FakeQuant
 from quantlab.layers.linear import QuantLinear, weight_of
 from quantlab.layers.sites import (
     find_outputs,
     find_sites,
-    replace_module,
     swap_output,
     swap_site,
     turn_heads_,
@@ -43,13 +42,13 @@ from quantlab.layers.sites import (
 from quantlab.layers.targets import Choice, Target, check_skip, choose_targets, is_skipped
 from quantlab.methods.solved import Solved
 from quantlab.numerics.static import Fixed, static_range
-from quantlab.records import fingerprint
-from quantlab.schemes import TRANSFORMS, Scheme, TensorSpec, check_shapes
+from quantlab.records import fingerprint, source_hash
+from quantlab.schemes import TRANSFORMS, Scheme, TensorSpec, check_shapes, check_widths
 from quantlab.solutions import SolutionStore
-from quantlab.solving import Asked, solve_model, weights_of
-from quantlab.transforms.apply import transform_
+from quantlab.solving import Asked, solve_model
+from quantlab.transforms.apply import guard_of, transform_
 from quantlab.transforms.bias import correct_bias
-from quantlab.transforms.edit import Undo, restore
+from quantlab.transforms.edit import Undo, replace_, restore
 
 __all__ = ["Change", "Changes", "quantize_", "quantized"]
 
@@ -131,14 +130,16 @@ def _apply(
         choice = choose_targets(model, asked.config.skip) if choice.chosen else choice
     attention = calibrator.attention(model, done) if calibrator and "attention" in scheme.needs else None
     sites = find_sites(model, scheme, attention)
+    if sites and {"rotate", "spin"} & set(scheme.transforms):
+        assert calibrator is not None
+        guard = guard_of(model, calibrator.ids_NT, asked.config.transforms)
+        notes += guard.apply("rotate of queries and keys", lambda changes: turn_heads_(sites, changes), undo)
     own = [target for target in choice.chosen if target.tied_to is None]
     solved, stats = solve_model(model, own, asked, calibrator, done, solutions, undo)
     work = _Work(asked, solved, stats)
     chosen = set(choice.chosen)
     # First, since a layer's linears still tell its device.
     at_sites = [swap_site(layer, prefix, site, quantizer, undo) for prefix, layer, site, quantizer in sites]
-    if {"rotate", "spin"} & set(scheme.transforms):
-        turn_heads_(sites, undo)
     rows = [
         _swap_linear(model, target, work, undo) if target in chosen else _stays(target, asked.config.skip)
         for target in choice.targets
@@ -166,7 +167,8 @@ def _transform_(
         stats = calibrator.linears(model, done) if "inputs" in TRANSFORMS[name].needs else {}
         notes += transform_(model, name, calibrator.ids_NT, stats, settings, undo)
         done += f"{name}-"
-    return notes, done and done + fingerprint(settings.model_dump(mode="json"))[:16]
+    made_by = {"settings": settings.model_dump(mode="json"), "code": source_hash()}
+    return notes, done and done + fingerprint(made_by)[:16]
 
 
 def _check(model: nn.Module, asked: Asked, calibrator: Calibrator | None) -> Choice:
@@ -177,11 +179,6 @@ def _check(model: nn.Module, asked: Asked, calibrator: Calibrator | None) -> Cho
     if scheme.needs and calibrator is None:
         raise SchemeError(
             f"{scheme.name} needs calibration ({', '.join(sorted(scheme.needs))}): none was given. Give a calibrator."
-        )
-    if scheme.mixed and not config.widths:
-        raise SchemeError(
-            f"{scheme.name} takes bits of some linears from quantize.widths: it is empty. `quantlab allocate` writes "
-            "it, or leave '-mixed' out."
         )
     if config.skip:
         check_skip(model, config.skip)
@@ -195,10 +192,9 @@ def _check(model: nn.Module, asked: Asked, calibrator: Calibrator | None) -> Cho
 def _check_linears(model: nn.Module, asked: Asked, chosen: Sequence[Target]) -> None:
     """Refuse groups that do not divide, widths that match nothing, and integer sums that do not fit."""
     scheme, device = asked.scheme, next(model.parameters()).device
-    if scheme.mixed:
-        _check_widths(asked, chosen)
+    check_widths(scheme, asked.config.widths, [target.name for target in chosen])
     for target in chosen:
-        weights = weights_of(target.name, asked)
+        weights = asked.weights_of(target.name)
         shape = {target.name: (target.shape[0], target.shape[1])}
         check_shapes(Scheme(weights, scheme.activations), shape)
         runs, _ = choose_kernel(weights, scheme.activations, device.type, asked.config.kernel)
@@ -207,33 +203,18 @@ def _check_linears(model: nn.Module, asked: Asked, chosen: Sequence[Target]) -> 
             check_integers(weights, scheme.activations, shape, device)
 
 
-def _check_widths(asked: Asked, chosen: Sequence[Target]) -> None:
-    """Refuse a pattern of widths that matches no linear."""
-    for pattern in asked.config.widths:
-        check = Asked(asked.scheme, asked.config.model_copy(update={"widths": {pattern: "w16"}}))
-        if all(weights_of(target.name, check) is not None for target in chosen):
-            names = [target.name for target in chosen]
-            raise SchemeError(
-                f"a pattern of quantize.widths must match a linear: {pattern!r} matches none."
-                f"{nearest(pattern, names) or f' There are {names[0]} and others.'}"
-            )
-
-
 def _swap_linear(model: nn.Module, target: Target, work: _Work, undo: Undo) -> Change:
     """Put a QuantLinear in the place of one linear, under every name that it has."""
     scheme, dtype = work.asked.scheme, work.asked.scale_dtype
     linear = model.get_submodule(target.name)
-    weights = weights_of(target.name, work.asked)
-    kernel, reason = choose_kernel(
-        weights,
-        scheme.activations,
-        next(linear.parameters(), torch.empty(0)).device.type,
-        work.asked.config.kernel,
-    )
+    weights = work.asked.weights_of(target.name)
+    device = next(linear.parameters(), torch.empty(0)).device
+    kernel, reason = choose_kernel(weights, scheme.activations, device.type, work.asked.config.kernel)
     # A matrix of several names has the codes of its first.
     solved = work.solved.get(target.tied_to or target.name)
     if kernel == "int8_mm" and scheme.method == "hqq":
         kernel, reason = "simulated", "zero points of hqq are real numbers"
+    assert weights is None or solved is not None, f"{target.name} was not solved"
     storage_bits = 16 * target.num_weights
     if solved is not None:
         storage_bits = 0 if target.tied_to else solved.quantized.storage_bits(8 * dtype.itemsize)
@@ -244,10 +225,10 @@ def _swap_linear(model: nn.Module, target: Target, work: _Work, undo: Undo) -> C
             scheme.activations,
             kernel,
             target.name,
-            fixed=_fixed(target.name, work),
-            bias=_corrected(linear, target.name, work),
+            fixed=_fixed(target.name, work, device),
+            bias=_corrected(linear, target, work),
         )
-        replace_module(model, linear, swapped.train(linear.training), undo)
+        replace_(model, linear, swapped.train(linear.training), undo)
     why = Scheme(weights, scheme.activations).name
     if weights is not None and solved is not None and scheme.method != "rtn":
         why += f"-{scheme.method}"
@@ -256,21 +237,27 @@ def _swap_linear(model: nn.Module, target: Target, work: _Work, undo: Undo) -> C
     return Change(target.name, "swapped", why, bits, target.num_weights, kernel, storage_bits)
 
 
-def _fixed(name: str, work: _Work) -> Fixed | None:
+def _fixed(name: str, work: _Work, device: torch.device) -> Fixed | None:
     """The range of a linear's inputs under a static spec."""
     spec = work.asked.scheme.activations
     if spec is None or not spec.static:
         return None
     stats = work.stats[name]
-    return static_range(spec, stats.minimum_I, stats.maximum_I)
+    if stats.num_tokens == 0:
+        raise CalibrationError(
+            f"static scales need inputs that calibration has seen: no token reached {name}. Calibrate on more text, "
+            f"leave the 's' out, or add \"*.{name.rpartition('.')[2]}\" to skip."
+        )
+    low, high = static_range(spec, stats.minimum_I, stats.maximum_I)
+    return low.to(device), high.to(device)
 
 
-def _corrected(linear: nn.Module, name: str, work: _Work) -> torch.Tensor | None:
+def _corrected(linear: nn.Module, target: Target, work: _Work) -> torch.Tensor | None:
     """The linear's bias with what makes up for the mean error of its weights; None leaves it as it is."""
-    solved = work.solved.get(name)
+    solved = work.solved.get(target.tied_to or target.name)
     if "bias" not in work.asked.scheme.transforms or solved is None:
         return None
-    mean_I = work.stats[name].mean_I
+    mean_I = work.stats[target.name].to(weight_of(linear).device).mean_I
     return correct_bias(weight_of(linear), solved.quantized.dequantize(), linear.bias, mean_I)  # type: ignore[arg-type]
 
 

@@ -5,6 +5,7 @@ it and holds one safetensors file a decoder layer: `NAME.codes` packed densely (
 `NAME.scale` float32 and `NAME.zero_point` int32, with grid, shape and note of each linear as JSON in the metadata.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantlab.export.atomic import MANIFEST, new_folder
+from quantlab.locks import locked
 from quantlab.methods.solved import Solved
 from quantlab.numerics.affine import QuantizedTensor
 from quantlab.numerics.packing import pack, unpack
@@ -53,14 +55,31 @@ class SolutionStore:
         key = fingerprint({"scheme": weights_alone(scheme).name, "made_by": self.made_by})
         return self.folder / f"{weights_alone(scheme).name}-{key[:16]}"
 
+    @contextmanager
+    def claimed(self, scheme: Scheme) -> Iterator[None]:
+        """Be the only one that solves this scheme and those that are solved with it.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        own = weights_alone(scheme)
+        kin = {
+            "method": own.method,
+            "transforms": own.transforms,
+            "mixed": own.mixed,
+            "made_by": self.made_by,
+        }
+        with locked(self.folder / ".claims" / fingerprint(kin)):
+            yield
+
     def load(self, scheme: Scheme) -> dict[str, Solved] | None:
-        """The codes of every linear, or None where they are not there or not whole."""
-        if not (self.path(scheme) / MANIFEST).exists():
-            return None
+        """The codes of every linear, or None where they are not there or not what was written."""
+        folder = self.path(scheme)
         try:
-            files = sorted(self.path(scheme).glob("*.safetensors"))
+            listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+            files = [_checked(folder / name, entry["sha256"]) for name, entry in sorted(listed.items())]
             return {name: solved for file in files for name, solved in _read(file)}
-        except (OSError, SafetensorError, ValueError, KeyError):
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
 
     def together(self, scheme: Scheme) -> list[Scheme]:
@@ -98,6 +117,18 @@ class SolutionStore:
 
             yield put
             flush()
+
+
+def _checked(file: Path, sha256: str) -> Path:
+    """The file, once its content is known to be what was written.
+
+    Raises:
+        OSError, ValueError: it is missing, or is not.
+    """
+    with file.open("rb") as opened:
+        if hashlib.file_digest(opened, "sha256").hexdigest() != sha256:
+            raise ValueError(f"{file} is not what was written")
+    return file
 
 
 def _layer_of(name: str) -> str:

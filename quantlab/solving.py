@@ -11,7 +11,6 @@ A linear's grid is the scheme's, or where the scheme is `mixed` that of the last
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Protocol
 
 import torch
@@ -31,13 +30,13 @@ from quantlab.methods.autoround import tune_layer
 from quantlab.methods.config import MethodConfig
 from quantlab.methods.formats import quantize_format
 from quantlab.methods.solved import Solved
-from quantlab.schemes import METHODS, Scheme, TensorSpec, WeightFormat
+from quantlab.schemes import METHODS, Scheme, TensorSpec, WeightFormat, weights_of
 from quantlab.solutions import SolutionStore
 from quantlab.transforms.activation_aware import scale_inputs_
 from quantlab.transforms.apply import guard_of
 from quantlab.transforms.edit import Undo, restore, set_matrix_
 
-__all__ = ["QUANTIZERS", "Asked", "solve", "solve_model", "solve_sequential", "solve_together", "weights_of"]
+__all__ = ["QUANTIZERS", "Asked", "solve", "solve_model", "solve_sequential", "solve_together"]
 
 
 class Quantizer(Protocol):
@@ -76,15 +75,9 @@ class Asked:
     config: QuantizeConfig
     scale_dtype: torch.dtype = torch.float32
 
-
-def weights_of(name: str, asked: Asked) -> TensorSpec | WeightFormat | None:
-    """The grid of one linear; None where it stays at 16 bits."""
-    found = asked.scheme.weights
-    if asked.scheme.mixed:
-        for pattern, width in asked.config.widths.items():
-            if fnmatchcase(name, pattern):
-                found = Scheme.parse(width).weights
-    return found
+    def weights_of(self, name: str) -> TensorSpec | WeightFormat | None:
+        """The grid of one linear; None where it stays at 16 bits."""
+        return weights_of(name, self.scheme, self.config.widths)
 
 
 def solve_model(
@@ -120,8 +113,8 @@ def solve_model(
     )
     if layerwise:
         assert calibrator is not None
-        ids_NT = calibrator.ids_NT
-        return _kept(store, asked, lambda: solve_sequential(model, targets, asked, ids_NT)), stats
+        walk = (calibrator.ids_NT, calibrator.batch_size, calibrator.accumulate)
+        return _kept(store, asked, lambda: solve_sequential(model, targets, asked, *walk)), stats
     if scheme.method == "gptq" and store is not None:
         return _kept_together(model, targets, asked, stats, store), stats
     # Statistics that the method does not read are not read from disk either.
@@ -135,30 +128,32 @@ def _kept(
     """Codes from the store, or found and put there."""
     if store is None:
         return find()
-    known = store.load(asked.scheme)
-    if known is None:
-        known = find()
-        with store.writing([asked.scheme]) as put:
-            for name, solved in known.items():
-                put(name, [solved])
-    return known
+    with store.claimed(asked.scheme):
+        known = store.load(asked.scheme)
+        if known is None:
+            known = find()
+            with store.writing([asked.scheme]) as put:
+                for name, solved in known.items():
+                    put(name, [solved])
+        return known
 
 
 def _kept_together(
     model: nn.Module, targets: Sequence[Target], asked: Asked, stats: Stats, store: SolutionStore
 ) -> dict[str, Solved]:
-    """Codes from the store, where every scheme of the run that shares the factorization is put at once."""
-    known = store.load(asked.scheme)
-    if known is None:
-        schemes = store.together(asked.scheme)
-        with store.writing(schemes) as put:
-            for name, solved in solve_together(
-                model, targets, [replace(asked, scheme=each) for each in schemes], stats
-            ):
-                put(name, solved)
+    """Codes from the store; else all schemes of the run that share the factorization are solved and put there."""
+    with store.claimed(asked.scheme):
         known = store.load(asked.scheme)
-        assert known is not None, "what was written can be read"
-    return known
+        if known is not None:
+            return known
+        schemes, own = store.together(asked.scheme), {}
+        alike = [replace(asked, scheme=each) for each in schemes]
+        with store.writing(schemes) as put:
+            for name, solved in solve_together(model, targets, alike, stats):
+                put(name, solved)
+                if solved[0] is not None:
+                    own[name] = solved[0]
+        return own
 
 
 def solve(model: nn.Module, targets: Sequence[Target], asked: Asked, stats: Stats) -> dict[str, Solved]:
@@ -187,23 +182,26 @@ def _scale_for_awq_(
     undo: Undo,
 ) -> Stats:
     """AWQ's scales on the model, and the statistics of what they leave of the inputs."""
-    specs = {target.name: weights_of(target.name, asked) for target in targets}
+    specs = {target.name: asked.weights_of(target.name) for target in targets}
     grids = {name: spec for name, spec in specs.items() if isinstance(spec, TensorSpec)}
-    scaled: dict[str, LinearStats] = {}
+    scaled: list[Stats] = []
 
     def scale(changes: Undo) -> list[str]:
-        found = scale_inputs_(
-            model, grids, stats, changes, scale_dtype=asked.scale_dtype, config=asked.config.methods
-        )
-        scaled.update(found)
+        how = {"scale_dtype": asked.scale_dtype, "config": asked.config.methods}
+        scaled.append(scale_inputs_(model, grids, stats, changes, **how))  # type: ignore[arg-type]
         return []
 
     guard_of(model, calibrator.ids_NT, asked.config.transforms).apply("awq", scale, undo)
-    return scaled
+    return scaled[0]
 
 
 def solve_sequential(
-    model: nn.Module, targets: Sequence[Target], asked: Asked, ids_NT: Tensor, batch_size: int = 8
+    model: nn.Module,
+    targets: Sequence[Target],
+    asked: Asked,
+    ids_NT: Tensor,
+    batch_size: int = 8,
+    accumulate: torch.dtype = torch.float32,
 ) -> dict[str, Solved]:
     """Codes of every target, each layer calibrated on inputs that come out of quantized layers.
 
@@ -216,7 +214,11 @@ def solve_sequential(
     try:
         for step in walk_blocks(model, ids_NT, batch_size=batch_size):
             inside = [target.name for target in targets if target.name.startswith(f"{step.name}.")]
-            found = (_learn if learned else _calibrate)(model, step, inside, asked, batch_size)
+            found = (
+                _learn(step, inside, asked, batch_size)
+                if learned
+                else _calibrate(model, step, inside, asked, batch_size, accumulate)
+            )
             solved |= found
             if asked.config.methods.hessian == "sequential":
                 for name, each in found.items():
@@ -228,10 +230,15 @@ def solve_sequential(
 
 
 def _calibrate(
-    model: nn.Module, step: BlockStep, names: Sequence[str], asked: Asked, batch_size: int
+    model: nn.Module,
+    step: BlockStep,
+    names: Sequence[str],
+    asked: Asked,
+    batch_size: int,
+    accumulate: torch.dtype,
 ) -> dict[str, Solved]:
     """Codes of one layer's linears from the inputs that they see now."""
-    watcher = Watcher(step, names, (), torch.float32)
+    watcher = Watcher(step, names, (), accumulate)
     with watch(step.layer, watcher.places, watcher.see), torch.no_grad():
         for start, stop in batches(len(step.inputs_NTD), batch_size):
             step.run(start, stop)
@@ -240,12 +247,10 @@ def _calibrate(
     return {name: solved for name, solved in found.items() if solved is not None}
 
 
-def _learn(
-    model: nn.Module, step: BlockStep, names: Sequence[str], asked: Asked, batch_size: int
-) -> dict[str, Solved]:
+def _learn(step: BlockStep, names: Sequence[str], asked: Asked, batch_size: int) -> dict[str, Solved]:
     """Codes of one layer's linears by autoround."""
     prefix = f"{step.name}."
-    specs = {name.removeprefix(prefix): weights_of(name, asked) for name in names}
+    specs = {name.removeprefix(prefix): asked.weights_of(name) for name in names}
     grids = {name: spec for name, spec in specs.items() if isinstance(spec, TensorSpec)}
     if not grids:
         return {}
@@ -267,14 +272,16 @@ def _learn(
 
 def _solve_linear(linear: nn.Module, name: str, asked: Sequence[Asked], stats: Stats) -> list[Solved | None]:
     """One linear under each scheme; those on uniform grids go to the method in one call."""
-    grids = [weights_of(name, each) for each in asked]
+    grids = [each.weights_of(name) for each in asked]
     weight_OI = weight_of(linear).detach()
     first = asked[0]
     specs = [grid for grid in grids if isinstance(grid, TensorSpec)]
     quantizer, dtype = QUANTIZERS[first.scheme.method], first.scale_dtype
+    seen = stats.get(name)
+    known = None if seen is None else seen.to(weight_OI.device)
     try:
         on_grids = (
-            quantizer(weight_OI, specs, stats.get(name), scale_dtype=dtype, config=first.config.methods)
+            quantizer(weight_OI, specs, known, scale_dtype=dtype, config=first.config.methods)
             if specs
             else []
         )

@@ -11,7 +11,7 @@ import torch
 
 from quantlab import pipeline
 from quantlab.config import RunConfig, build_config
-from quantlab.errors import ConfigError
+from quantlab.errors import ConfigError, SchemeError
 from quantlab.evaluation.tasks import TASKS
 from quantlab.layers.linear import QuantLinear
 from quantlab.models.loading import Checkpoint, load_checkpoint
@@ -213,7 +213,7 @@ def test_a_calibrated_scheme_says_what_made_it_and_is_solved_once(toy_folder: Pa
         assert record.result["calibration"]["num_tokens"] == 3 * 24
     assert records[0].made_by["method"]["hessian"] == "shared" and "method" not in records[3].made_by
     # two grids of weights, three schemes
-    assert len(list((tmp_path / "run" / "solutions").iterdir())) == 2
+    assert len(list((tmp_path / "run" / "solutions").glob("w*"))) == 2
     assert len(list((tmp_path / "calibration").glob("[0-9a-f]*"))) == 1
     other = config.model_copy(
         update={"calibration": config.calibration.model_copy(update={"accumulate": "float64"})}
@@ -230,7 +230,7 @@ def test_a_setting_of_methods_changes_the_keys_of_its_own_schemes_only(toy_folde
                 "schemes": ["w4", "w4-gptq", "w4-awq", "w4-rotate", "w4-mixed"],
                 "profile": None,
                 "evaluation": EVALUATION,
-                "quantize": quantize,
+                "quantize": {"widths": {"*.o_proj": "w8"}} | quantize,
             }
         )
         infos, data, documents = pipeline.check(config)
@@ -263,3 +263,43 @@ def test_calibration_and_perplexity_take_different_texts(toy_folder: Path) -> No
     ):
         pipeline.check(config)
     pipeline.check(config.model_copy(update={"schemes": ("w16", "w4")}))
+
+
+def test_outlier_columns_are_reported(checkpoint: Checkpoint, toy_folder: Path) -> None:
+    """An input channel of the first layer's q, k and v that its norm makes large is found in every sequence."""
+    weight = checkpoint.model.model.layers[0].input_layernorm.weight
+    kept = weight.data.clone()
+    try:
+        weight.data[5] = 1e3
+        result, _ = pipeline.evaluate_cell(
+            checkpoint, Scheme.parse("llm_int8"), _config(toy_folder), lambda units: None
+        )
+    finally:
+        weight.data.copy_(kept)
+    found = result["outlier_columns"]
+    assert len(found) == 14
+    q = found["model.layers.0.self_attn.q_proj"]
+    # four endings of nine documents, each with its context by itself, and five blocks of text
+    assert q["sequences"] == 4 * 9 + 5 and 1 <= q["mean"] <= q["most"]
+
+
+WIDTHS = [
+    ({"widths": {"*.v_proj": "w8"}}, ["w4"], r"for schemes whose name ends in -mixed: the run has none"),
+    ({}, ["w4-mixed"], r"from quantize.widths: it is empty"),
+    ({"widths": {"*.vproj": "w8"}}, ["w4-mixed"], r"'\*.vproj' matches none"),
+    ({"widths": {"*": "w16"}}, ["w4-mixed"], r"leaves all of w4-mixed at 16 bits"),
+    ({"widths": {"*.v_proj": "w8"}}, ["w4z-hqq-mixed"], r"a symmetric grid has none"),
+    ({"widths": {"*.v_proj": "w8g48"}}, ["w4-mixed"], r"group_size=48"),
+]
+
+
+@pytest.mark.parametrize(("quantize", "schemes", "message"), WIDTHS)
+def test_widths_that_cannot_be_taken_are_refused_before_anything_is_loaded(
+    quantize: dict[str, Any], schemes: list[str], message: str, toy_folder: Path
+) -> None:
+    config = build_config(
+        {"checkpoints": [{"path": str(toy_folder)}], "schemes": schemes, "quantize": quantize}
+        | {"evaluation": EVALUATION}
+    )
+    with pytest.raises((ConfigError, SchemeError), match=message):
+        pipeline.check(config)

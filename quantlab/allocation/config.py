@@ -6,8 +6,8 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from quantlab.config import CheckpointConfig, TextConfig
-from quantlab.errors import ConfigError, SchemeError
-from quantlab.schemes import Scheme
+from quantlab.errors import ConfigError
+from quantlab.schemes import Scheme, width_name
 from quantlab.sections import Section
 
 __all__ = ["AllocationConfig", "SensitivityText"]
@@ -57,19 +57,9 @@ class AllocationConfig(Section):
     @field_validator("widths")
     @classmethod
     def _weights_only(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(map(_weights_name, values)))
+        return tuple(dict.fromkeys(map(width_name, values)))
 
     @field_validator("method")
     @classmethod
     def _known_method(cls, value: str) -> str:
-        return Scheme(Scheme.parse("w4").weights, method=value).method
-
-
-def _weights_name(value: str) -> str:
-    """The canonical name of a scheme that is of weights on a uniform grid and of nothing else."""
-    scheme = Scheme.parse(value)
-    if scheme != Scheme(scheme.weights) or scheme.format is not None:
-        raise SchemeError(
-            f"a width must be bits of weights and nothing else, as w8 or w3g64: {value!r} is more."
-        )
-    return scheme.name
+        return Scheme(Scheme.parse("w4z").weights, method=value).method

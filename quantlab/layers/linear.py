@@ -12,7 +12,7 @@ from quantlab.numerics.codebook import CodebookTensor
 from quantlab.numerics.static import Fixed
 from quantlab.schemes import TensorSpec
 
-__all__ = ["QuantLinear", "weight_of"]
+__all__ = ["QuantLinear", "outlier_columns", "weight_of"]
 
 
 def weight_of(linear: nn.Module) -> Tensor:
@@ -20,6 +20,19 @@ def weight_of(linear: nn.Module) -> Tensor:
     weight = linear.weight
     assert isinstance(weight, Tensor)
     return weight.t() if isinstance(linear, Conv1D) else weight
+
+
+def outlier_columns(model: nn.Module) -> dict[str, dict[str, float]]:
+    """Of every linear under llm_int8: input columns of a sequence that stayed at 16 bits, on average and at most."""
+    return {
+        name: {
+            "mean": round(module.codes.outliers.mean, 3),
+            "most": module.codes.outliers.most,
+            "sequences": module.codes.outliers.num_sequences,
+        }
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear) and isinstance(module.codes, llm_int8.LlmInt8Weight)
+    }
 
 
 class QuantLinear(nn.Module):

@@ -22,13 +22,12 @@ from quantlab.layers.rotated import HeadHadamard
 from quantlab.layers.targets import parents_of
 from quantlab.numerics.static import Fixed, static_range
 from quantlab.schemes import Scheme, TensorSpec
-from quantlab.transforms.edit import Undo
+from quantlab.transforms.edit import Undo, replace_
 
 __all__ = [
     "FoundSite",
     "find_outputs",
     "find_sites",
-    "replace_module",
     "swap_output",
     "swap_site",
     "turn_heads_",
@@ -104,8 +103,11 @@ def _check_head_site(scheme: Scheme, name: str, layer: nn.Module, site: str, spe
             f"{scheme.name} quantizes queries or keys, which meet in a product: {name} ({type(layer).__name__}, "
             "potential=local) makes one number of each token instead. Quantize its logits (l) or values (v)."
         )
-    width = getattr(layer, "head_dim", None)
-    if isinstance(width, int) and spec.group_size is not None and width % spec.group_size:
+    width = _head_width(layer)
+    if site == "attn_value":
+        # Values may be wider than queries and keys, as a pair's are.
+        width = getattr(getattr(layer, "heads", None), "value_dim", width)
+    if width is not None and spec.group_size is not None and width % spec.group_size:
         raise SchemeError(
             f"group_size must divide the channels of a head: {name} has {width}, {scheme.name} asks for "
             f"{spec.group_size}. Use one scale per token (leave g{spec.group_size} out)."
@@ -168,47 +170,41 @@ def find_outputs(model: nn.Module, scheme: Scheme) -> list[tuple[str, nn.Module,
 
 
 def swap_site(
-    layer: nn.Module, prefix: str, site: str, quantizer: FakeQuant | CachedHeads, undo: Undo | None
+    layer: nn.Module, prefix: str, site: str, quantizer: FakeQuant | CachedHeads, undo: Undo
 ) -> Change:
     """Put what `find_sites` made in its place."""
-    if undo is not None:
-        undo.append((layer, site, layer.get_submodule(site)))
-    setattr(layer, site, quantizer.train(layer.training).to(next(layer.parameters()).device))
+    standing = layer.get_submodule(site)
+    holder, place = (standing, "then") if isinstance(standing, HeadHadamard) else (layer, site)
+    undo.append((holder, place, getattr(holder, place)))
+    setattr(holder, place, quantizer.train(layer.training).to(next(layer.parameters()).device))
     alone = "kv_cache" if isinstance(quantizer, CachedHeads) else site
     what = _ALONE[alone](quantizer.spec).name
     return Change(f"{prefix}.{site}", "swapped", what, quantizer.spec.bits, 0, "simulated")
 
 
-def turn_heads_(found: Sequence[FoundSite], undo: Undo) -> None:
+def turn_heads_(found: Sequence[FoundSite], undo: Undo) -> list[str]:
     """Rotate queries and keys by one Hadamard matrix, ahead of what rounds either of them, in every layer found.
 
-    Their products stay what they were. Ranges from calibration are of heads that were not turned, so such layers stay.
+    Their products stay what they were. Returns what a record says of it.
     """
-    layers = {
-        layer: None
-        for _, layer, site, quantizer in found
-        if site in ("attn_query", "attn_key") and not quantizer.spec.static
-    }
+    layers = {layer: None for _, layer, site, _ in found if site in ("attn_query", "attn_key")}
     for layer in layers:
+        width = _head_width(layer)
+        assert width is not None, f"{type(layer).__name__} says how wide its heads are"
         for site in ("attn_query", "attn_key"):
-            standing = layer.get_submodule(site)
-            undo.append((layer, site, standing))
-            turned = HeadHadamard(int(layer.head_dim), then=standing)  # type: ignore[arg-type]
-            setattr(layer, site, turned.to(next(layer.parameters()).device))
+            undo.append((layer, site, layer.get_submodule(site)))
+            setattr(layer, site, HeadHadamard(width).to(next(layer.parameters()).device))
+    return [f"queries and keys of {len(layers)} layers are turned as they arrive"] if layers else []
 
 
-def swap_output(
-    model: nn.Module, module: nn.Module, name: str, spec: TensorSpec, undo: Undo | None
-) -> Change:
+def _head_width(layer: nn.Module) -> int | None:
+    """Channels of a query or key head, whatever the layer calls them."""
+    width = getattr(layer, "head_dim", None) or getattr(layer, "head_size", None)
+    return width if isinstance(width, int) else None
+
+
+def swap_output(model: nn.Module, module: nn.Module, name: str, spec: TensorSpec, undo: Undo) -> Change:
     """Put a QuantOutput around one module."""
     parts = Scheme(lambdas=spec) if name.endswith(".lambda_") else Scheme(hidden=spec)
-    replace_module(model, module, QuantOutput(module, spec).train(module.training), undo)
+    replace_(model, module, QuantOutput(module, spec).train(module.training), undo)
     return Change(name, "swapped", parts.name, spec.bits, 0, "simulated")
-
-
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module, undo: Undo | None) -> None:
-    """Put a module in the place of another, wherever the model holds it; noted in `undo`, where there is one."""
-    for parent, name in list(parents_of(model, old)):
-        setattr(parent, name, new)
-        if undo is not None:
-            undo.append((parent, name, old))

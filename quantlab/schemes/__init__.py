@@ -4,6 +4,7 @@ from quantlab.schemes.catalogue import METHODS, SCHEMES, TRANSFORMS, WEIGHT_FORM
 from quantlab.schemes.scheme import Scheme
 from quantlab.schemes.shapes import check_shapes
 from quantlab.schemes.spec import Granularity, TensorSpec, WeightFormat
+from quantlab.schemes.widths import check_widths, weights_of, width_name
 
 __all__ = [
     "METHODS",
@@ -15,4 +16,7 @@ __all__ = [
     "TensorSpec",
     "WeightFormat",
     "check_shapes",
+    "check_widths",
+    "weights_of",
+    "width_name",
 ]

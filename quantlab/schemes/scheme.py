@@ -79,8 +79,23 @@ class Scheme:
             raise SchemeError(
                 "hqq fits the zero points of weights: a symmetric grid has none. Add z, as in w4g64z-hqq."
             )
+        self._check_static()
         if self.weights is None and "bias" in self.transforms:
             raise SchemeError("bias makes up for the error of quantized weights: found none (w4g64-bias).")
+
+    def _check_static(self) -> None:
+        """Refuse ranges of calibration that something later would move."""
+        static = [name for name, spec in self.head_sites.items() if spec.static]
+        if static and {"rotate", "spin"} & set(self.transforms):
+            raise SchemeError(
+                "queries and keys are turned by rotate as they arrive, so ranges from calibration are not theirs: "
+                "found static ones. Leave the 's' of q, k, v or kv out, or the rotation."
+            )
+        if {"attn_value", "kv_cache"} & set(static) and self.method == "awq":
+            raise SchemeError(
+                "awq rescales values after their ranges were measured: found static ones. Leave the 's' of v or kv "
+                "out, or use gptq."
+            )
 
     @classmethod
     def parse(cls, text: str) -> Self:

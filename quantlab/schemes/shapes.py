@@ -6,25 +6,32 @@ from math import gcd
 
 from quantlab.errors import SchemeError
 from quantlab.schemes.scheme import Scheme
+from quantlab.schemes.widths import weights_of
 
 __all__ = ["check_shapes"]
 
 
-def check_shapes(scheme: Scheme, linears: Mapping[str, tuple[int, int]], skip: Sequence[str] = ()) -> None:
+def check_shapes(
+    scheme: Scheme,
+    linears: Mapping[str, tuple[int, int]],
+    skip: Sequence[str] = (),
+    widths: Mapping[str, str] | None = None,
+) -> None:
     """Refuse group sizes that do not divide a linear's inputs.
 
     Args:
         linears: name -> (out_features, in_features) of every linear that the scheme would quantize.
         skip: dotted patterns of linears that stay at 16 bits.
+        widths: of a mixed scheme, pattern -> weights.
 
     Raises:
         SchemeError: names the first linear that does not fit and the group size that would.
     """
-    sizes = [spec.group_size for spec in (scheme.weights, scheme.activations) if spec and spec.group_size]
     for name, (_, in_features) in linears.items():
         if any(fnmatchcase(name, pattern) for pattern in skip):
             continue
-        for size in sizes:
+        weights = weights_of(name, scheme, widths or {})
+        for size in (spec.group_size for spec in (weights, scheme.activations) if spec and spec.group_size):
             if in_features % size:
                 raise _does_not_divide(name, in_features, size, scheme.format)
 

@@ -19,6 +19,8 @@ from quantlab.records import record_key, source_hash
 from quantlab.schemes import METHODS, Scheme
 from quantlab.sweep.plan import Cell, plan
 
+_ELSEWHERE: dict[str, Any] = {"text": {"path"}, "batch_size": True, "stream": True, "cache": True}
+"""Of a calibration's settings, those that change neither text nor statistics beyond rounding."""
 _KERNELS = ("flash_attn",)
 """Libraries whose presence alone changes what computes."""
 
@@ -105,16 +107,17 @@ def _of_weights(scheme: Scheme, config: RunConfig, data: Mapping[str, str]) -> d
     made: dict[str, Any] = {}
     methods = config.quantize.methods
     if scheme.needs:
-        settings = config.calibration.model_dump(mode="json", exclude={"text": {"path"}, "cache": True})
+        settings = config.calibration.model_dump(mode="json", exclude=_ELSEWHERE)
         made["calibration"] = settings | {"data": data["calibration"]}
     if scheme.method != "rtn":
         own = getattr(methods, scheme.method, None)
         settings = {} if own is None else own.model_dump(mode="json")
         made["method"] = settings | ({"hessian": methods.hessian} if METHODS[scheme.method].needs else {})
-    if scheme.transforms:
+    if set(scheme.transforms) - {"bias"}:
         made["transforms"] = config.quantize.transforms.model_dump(mode="json")
     if scheme.mixed:
-        made["widths"] = dict(config.quantize.widths)
+        # In order: where several patterns match, the last one holds.
+        made["widths"] = [list(item) for item in config.quantize.widths.items()]
     return made
 
 

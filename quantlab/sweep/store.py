@@ -6,17 +6,15 @@ operating system (flock), so it ends with its process, however that dies: there 
 clock. Where the file system has no such locks, both compute the cell, to the same bytes.
 """
 
-import errno
-import fcntl
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantlab.errors import OutputError, RecordError
+from quantlab.errors import RecordError
+from quantlab.locks import locked, make_folder
 from quantlab.records import (
     Columns,
     Record,
@@ -30,7 +28,6 @@ from quantlab.records import (
 )
 
 _LOG = logging.getLogger(__name__)
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class RunStore:
         """
         check_writable(self.folder)
         for name in ("records", "sidecars"):
-            _make(self.folder / name)
+            make_folder(self.folder / name)
         body = {"config": plain(config), "config_fingerprint": fingerprint(config), "records": list(keys)}
         with self._held("run"):
             if joining and (self.folder / "run.json").exists():
@@ -96,62 +93,12 @@ class RunStore:
     @contextmanager
     def _held(self, name: str) -> Iterator[None]:
         """Be the only writer of NAME's files; what a killed writer left half-written is removed."""
-        path = self.folder / ".claims" / name
-        descriptor, locked = _lock(path)
-        try:
-            if locked:
+        with locked(self.folder / ".claims" / name) as held:
+            if held:
                 self._remove_leftovers(name)
             yield
-        finally:
-            if locked:
-                with suppress(OSError):
-                    path.unlink()
-            os.close(descriptor)
 
     def _remove_leftovers(self, name: str) -> None:
         for folder in (self.folder, self.folder / "records", self.folder / "sidecars"):
             for leftover in folder.glob(f".{name}.*.tmp"):
                 leftover.unlink(missing_ok=True)
-
-
-def _lock(path: Path) -> tuple[int, bool]:
-    """An open descriptor of the claim's file, and whether it is locked (False: no locks on this file system)."""
-    _make(path.parent)
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise OutputError(f"results must be writable: {path}: {error.strerror}.") from error
-        try:
-            if not _wait_for(descriptor, path):
-                return descriptor, False
-            # The holder before us removed the file: a lock on a file without a name excludes nobody.
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor, True
-        except FileNotFoundError:
-            pass  # removed between the two looks at it
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-def _wait_for(descriptor: int, path: Path) -> bool:
-    """Lock the file, waiting for another process if need be; False where the file system has no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        _LOG.info("another process computes this cell, waiting for it: %s", path.name)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        return False
-    return True
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"results must be writable: {folder}: {error.strerror}.") from error

@@ -4,10 +4,10 @@ Which scales: `quantlab.methods.awq.search_scales`. Where they may go: the decla
 that read one channel of a source share a scale, the geometric mean of those that were found.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantlab.calibration.statistics import LinearStats
 from quantlab.layers.linear import weight_of
@@ -18,7 +18,24 @@ from quantlab.transforms.edges import find_edges
 from quantlab.transforms.edit import Undo
 from quantlab.transforms.scaling import scale_, tied
 
-__all__ = ["scale_inputs_"]
+__all__ = ["ScaledStats", "scale_inputs_"]
+
+
+class ScaledStats(Mapping[str, LinearStats]):
+    """Statistics of inputs over scales; each is read and divided when it is asked for."""
+
+    def __init__(self, stats: Mapping[str, LinearStats]) -> None:
+        self.stats, self.scales = stats, dict[str, Tensor]()
+
+    def __getitem__(self, name: str) -> LinearStats:
+        found = self.stats[name]
+        return found.divided(self.scales[name].to(found.gram_II.device)) if name in self.scales else found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stats)
+
+    def __len__(self) -> int:
+        return len(self.stats)
 
 
 def scale_inputs_(
@@ -29,8 +46,10 @@ def scale_inputs_(
     *,
     scale_dtype: torch.dtype,
     config: MethodConfig,
-) -> dict[str, LinearStats]:
+) -> ScaledStats:
     """Scale every declared edge for the grids of its readers; returns the statistics of the scaled inputs.
+
+    A reader that rotates its inputs mixes their channels, so its edge stays as it is.
 
     Args:
         specs: by the name of a linear, those that are quantized; an edge takes the grid of its first reader.
@@ -39,22 +58,21 @@ def scale_inputs_(
     Raises:
         SchemeError: the architecture is not declared, or statistics are missing.
     """
-    scaled = dict(stats)
+    scaled = ScaledStats(stats)
     for edge in find_edges(model, ("norm", "link", "values")):
-        readers = [name for name in edge.readers if name in specs]
-        if not readers:
+        linears = {name: model.get_submodule(name) for name in edge.readers if name in specs}
+        if not linears or any(hasattr(linear, "before") for linear in linears.values()):
             continue
+        first = next(iter(linears))
+        weights, seen = [weight_of(linear) for linear in linears.values()], scaled.get(first)
         found_I = search_scales(
-            [weight_of(model.get_submodule(name)) for name in readers],
-            specs[readers[0]],
-            scaled.get(readers[0]),
+            weights,
+            specs[first],
+            None if seen is None else seen.to(weights[0].device),
             scale_dtype=scale_dtype,
             config=config,
         )
         scales_I = tied(edge, found_I)[list(edge.source_of)]
         scale_(model, edge, scales_I, undo)
-        divided = {id(scaled[name]): scaled[name].divided(scales_I.float()) for name in readers[:1]}
-        for name in readers:
-            known = divided.get(id(scaled[name]))
-            scaled[name] = known or scaled[name].divided(scales_I.float())
+        scaled.scales |= dict.fromkeys(edge.readers, scales_I.float())
     return scaled

@@ -1,6 +1,7 @@
 """Methods, formats and transforms on whole models: what they change, what they keep, what they refuse."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ from quantlab.methods.gptq import quantize_weights
 from quantlab.quantize import quantize_, quantized
 from quantlab.schemes import Scheme
 from quantlab.solutions import SolutionStore
+from quantlab.transforms.edges import find_edges
+from quantlab.transforms.edit import Undo, restore
+from quantlab.transforms.guard import Guard
+from quantlab.transforms.rotate import rotate_
+from quantlab.transforms.scaling import scale_
 from tests.toys import toy_model
 
 SCHEMES = (
@@ -90,7 +96,16 @@ def test_every_method_runs_and_leaves_the_model_as_it_was(family: str) -> None:
 
 @pytest.mark.parametrize("variant", ["standard", "diff_v1", "diff_v2", "grouped_diff", "gated"])
 @pytest.mark.parametrize(
-    "name", ["w4g32-awq", "w8a8-smooth", "w4a4-fold-rotate", "w3-gptq-rotate", "w4g32-awq-smooth", "kv8hs"]
+    "name",
+    [
+        "w4g32-awq",
+        "w8a8-smooth",
+        "w4a4-fold-rotate",
+        "w3-gptq-rotate",
+        "w4g32-awq-smooth",
+        "w4g32-awq-rotate",
+        "kv8hs",
+    ],
 )
 def test_transforms_run_on_attention_variants(variant: str, name: str) -> None:
     options = {"num_attention_heads": 8, "num_key_value_heads": 4} if variant == "grouped_diff" else {}
@@ -173,14 +188,14 @@ def test_rotation_turns_queries_and_keys_ahead_of_their_rounding() -> None:
     with quantized(model, Scheme.parse("k8-rotate"), calibrator=calibrator()):
         layer = model.model.layers[0].self_attn
         assert isinstance(layer.attn_query, HeadHadamard) and isinstance(layer.attn_key, HeadHadamard)
-        assert isinstance(layer.attn_key.then, FakeQuant) and not isinstance(layer.attn_query.then, FakeQuant)
+        assert isinstance(layer.attn_key.then, FakeQuant) and layer.attn_query.then is None
         turned = run(model)
         layer.attn_key.then, model.model.layers[1].self_attn.attn_key.then = None, None
         # nothing is rounded now: float32 products of turned heads, through two layers and a head
         torch.testing.assert_close(run(model), before, rtol=0, atol=1e-3 * float(before.abs().max()))
     assert not torch.allclose(turned, before, rtol=0, atol=1e-3 * float(before.abs().max()))
-    with quantized(model, Scheme.parse("kv8hs-rotate"), calibrator=calibrator()):
-        assert not isinstance(model.model.layers[0].self_attn.attn_query, HeadHadamard)
+    with quantized(model, Scheme.parse("k8-rotate"), calibrator=calibrator()) as changes:
+        assert "queries and keys of 2 layers are turned as they arrive" in " ".join(changes.notes)
 
 
 def test_bias_correction_takes_the_mean_error_away() -> None:
@@ -293,4 +308,60 @@ def test_what_is_damaged_or_of_something_else_is_solved_anew(tmp_path: Path) -> 
     again = store.load(scheme)
     assert again is not None
     assert all(torch.equal(again[n].quantized.codes, known[n].quantized.codes) for n in known)
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], "nothing half-done is left"
+    assert not [path for path in tmp_path.iterdir() if "partial" in path.name], "nothing half-done is left"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_scales_of_a_linear_that_is_rotated_already_are_caught(dtype: torch.dtype, seed: int) -> None:
+    model = toy_model("llama", seed=seed, intermediate_size=128).to(dtype)
+    undo: Undo = []
+    rotate_(model, undo, parts=("down",))
+    scales = torch.rand(128, generator=torch.Generator().manual_seed(seed)) * 0.5 + 0.75
+    edges = find_edges(model, ("link",))
+
+    def scale(changes: Undo) -> list[str]:
+        for edge in edges:
+            scale_(model, edge, scales, changes)
+        return []
+
+    with pytest.raises(SchemeError, match="scales must not change the function"):
+        Guard(model, ids(2, seed=3)).apply("scales", scale, undo)
+    restore(undo)
+
+
+def test_learned_rounding_sees_the_inputs_that_a_rotated_linear_sees() -> None:
+    model = model_of()
+    config = QuantizeConfig(methods=MethodConfig(autoround=AutoRoundConfig(num_steps=30, batch_size=4)))
+    before = run(model, ids())
+    errors = []
+    for name in ("w4-rotate", "w4-autoround-rotate"):
+        with quantized(model, Scheme.parse(name), config, calibrator=calibrator()):
+            errors.append(float((run(model, ids()) - before).norm() / before.norm()))
+    assert errors[1] < errors[0]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_static_scales_of_an_expert_that_no_token_reached_are_refused() -> None:
+    class Blind(Calibrator):
+        def linears(self, model: nn.Module, made_by: str = "") -> Any:
+            found = dict(super().linears(model, made_by))
+            name = "model.layers.1.mlp.up_proj"
+            return found | {name: replace(found[name], num_tokens=0)}
+
+    with pytest.raises(CalibrationError, match=r"no token reached model.layers.1.mlp.up_proj"):
+        quantize_(model_of(), Scheme.parse("a8ts"), calibrator=Blind(ids()))
+
+
+def test_a_flipped_byte_of_a_solution_is_seen(tmp_path: Path) -> None:
+    scheme, model, kept = Scheme.parse("w4g32-gptq"), model_of(), calibrator()
+    store = SolutionStore(tmp_path, {"checkpoint": "toy"}, (scheme,))
+    with quantized(model, scheme, calibrator=kept, solutions=store):
+        pass
+    file = sorted(store.path(scheme).glob("*.safetensors"))[0]
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 16
+    file.write_bytes(content)
+    assert store.load(scheme) is None
+    file.unlink()
+    assert store.load(scheme) is None

@@ -14,9 +14,9 @@ import numpy as np
 import psutil
 import pytest
 
+from quantlab import locks
 from quantlab.errors import OutputError
 from quantlab.records import Record, fingerprint, read_items, read_run, record_key
-from quantlab.sweep import store as store_module
 from quantlab.sweep.executors import run_cells
 from quantlab.sweep.store import RunStore
 
@@ -248,15 +248,15 @@ def test_a_claim_ends_with_its_process(tmp_path):
 
 def test_a_lock_on_a_removed_file_is_no_claim(tmp_path, monkeypatch):
     """While we waited, the holder removed the claim's file and a third process made a new one."""
-    path, real = tmp_path / ".claims" / "key", store_module._wait_for
+    path, real = tmp_path / ".claims" / "key", locks._wait_for
 
     def wait_while_others_move(descriptor: int, waited: Path) -> bool:
-        monkeypatch.setattr(store_module, "_wait_for", real)
+        monkeypatch.setattr(locks, "_wait_for", real)
         path.unlink()
         path.touch()
         return real(descriptor, waited)
 
-    monkeypatch.setattr(store_module, "_wait_for", wait_while_others_move)
+    monkeypatch.setattr(locks, "_wait_for", wait_while_others_move)
     with (
         RunStore(tmp_path).claim("key"),
         path.open() as file,
@@ -299,6 +299,6 @@ def test_waiting_is_said(tmp_path, caplog):
         time.sleep(0.01)
     with caplog.at_level(logging.INFO), store.claim(key) as absent:
         assert not absent, "the other sweep has recorded it meanwhile"
-    assert any("another process computes this cell" in message for message in caplog.messages)
+    assert any("another process works on this" in message for message in caplog.messages)
     other.kill()
     other.wait()

@@ -1,0 +1,85 @@
+"""The table of methods in docs/methods.md, from the records of runs of configs/methods.
+
+    quantlab run configs/methods/weights.yaml
+    quantlab run configs/methods/activations.yaml
+    python benchmarks/methods_table.py runs/methods-weights runs/methods-activations
+
+Perplexity with its 95% interval; the change of nats per token from 16 bits, paired by block; HellaSwag's acc_norm with
+its interval, and the change of the margin between the right ending and the best wrong one, paired by document. A task
+that a scheme has no record of stays empty.
+"""
+
+import argparse
+from pathlib import Path
+
+from quantlab import statistics
+from quantlab.records import Record, read_items, read_records
+
+HEAD = (
+    "| scheme | bits a weight | perplexity | nats a token over 16-bit | acc_norm % | change of margin |\n"
+    "|---|---|---|---|---|---|"
+)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="folders of runs of one checkpoint and one setting"
+    )
+    found: dict[str, dict[str, tuple[Path, Record]]] = {}
+    for folder in parser.parse_args().runs:
+        for record in read_records(folder):
+            for task in ("perplexity", "hellaswag"):
+                if task in record.result:
+                    found.setdefault(str(record.made_by["scheme"]), {})[task] = (folder, record)
+    counts = {task: {entry[task][1].result[task]["n"] for entry in found.values() if task in entry}
+              for task in ("perplexity", "hellaswag")}  # fmt: skip
+    print(f"n: {counts}\n\n{HEAD}")  # noqa: T201
+    for scheme, entry in found.items():
+        print(_row(scheme, entry, found["w16"]))  # noqa: T201
+
+
+def _row(scheme: str, entry: dict[str, tuple[Path, Record]], base: dict[str, tuple[Path, Record]]) -> str:
+    record = next(iter(entry.values()))[1]
+    cells = [scheme, f"{record.result['quantization']['average_storage_bits']:.2f}"]
+    cells += _perplexity(entry, base) if "perplexity" in entry else ["", ""]
+    cells += _hellaswag(entry, base) if "hellaswag" in entry else ["", ""]
+    return f"| {' | '.join(cells)} |"
+
+
+def _perplexity(entry: dict[str, tuple[Path, Record]], base: dict[str, tuple[Path, Record]]) -> list[str]:
+    (folder, record), (base_folder, base_record) = entry["perplexity"], base["perplexity"]
+    mine, theirs = (
+        read_items(where, each.key, "perplexity")
+        for where, each in ((folder, record), (base_folder, base_record))
+    )
+    change = statistics.paired_ratio_difference(mine["nats"], theirs["nats"], mine["num_tokens"])
+    result = record.result["perplexity"]
+    low, high = result["perplexity_interval"]
+    return [f"{result['perplexity']:.2f} [{low:.1f}, {high:.1f}]", _change(change)]
+
+
+def _hellaswag(entry: dict[str, tuple[Path, Record]], base: dict[str, tuple[Path, Record]]) -> list[str]:
+    folder, record = entry["hellaswag"]
+    result = record.result["hellaswag"]
+    low, high = (100 * end for end in result["acc_norm_interval"])
+    cell = f"{100 * result['acc_norm']:.1f} [{low:.1f}, {high:.1f}]"
+    if "hellaswag" not in base:
+        return [cell, ""]
+    base_folder, base_record = base["hellaswag"]
+    mine, theirs = (
+        read_items(where, each.key, "hellaswag")["margin"]
+        for where, each in ((folder, record), (base_folder, base_record))
+    )
+    return [cell, _change(statistics.paired_difference(mine, theirs))]
+
+
+def _change(estimate: statistics.Estimate) -> str:
+    return f"{estimate.value:+.4f} [{estimate.low:+.4f}, {estimate.high:+.4f}]"
+
+
+if __name__ == "__main__":
+    main()
