@@ -94,6 +94,7 @@ def evaluate(
     bos: Annotated[str | None, typer.Option(help="auto, always or never.")] = None,
     batch_size: options.BatchSize = None,
     kernel: Annotated[str | None, typer.Option(help="integer, or simulated in floats.")] = None,
+    hessian: options.Hessian = None,
     skip: options.Skip = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -123,7 +124,8 @@ def evaluate(
                 "hellaswag": options.given(path=hellaswag, limit=limit, items=items, seed=seed),
                 "perplexity": blocks,
             },
-            "quantize": options.given(kernel=kernel, skip=skip),
+            "quantize": options.given(kernel=kernel, skip=skip)
+            | options.sections({"methods": options.given(hessian=hessian)}),
         },
         out,
         set_,
@@ -142,6 +144,7 @@ def sweep(
     limit: options.Limit = None,
     batch_size: options.BatchSize = None,
     seed: options.Seed = None,
+    hessian: options.Hessian = None,
     workers: options.Workers = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -161,6 +164,7 @@ def sweep(
         "evaluation": options.sections(options.given(batch_size=options.count(batch_size)) | places),
         "profile": options.sections({"text": options.given(seed=seed)}),
         "sweep": options.given(workers=workers),
+        "quantize": options.sections({"methods": options.given(hessian=hessian)}),
     }
     # A section that the file sets to null stays left out.
     given = {

@@ -32,6 +32,10 @@ NumSequences = Annotated[int | None, typer.Option(help="Blocks of text.")]
 BatchSize = Annotated[str | None, typer.Option(metavar="N|auto", help="Documents in one forward pass.")]
 Workers = Annotated[int | None, typer.Option(help="Processes, each with a model of its own.")]
 Limit = Annotated[int | None, typer.Option(help="The first N documents of one fixed permutation.")]
+Hessian = Annotated[
+    str | None,
+    typer.Option(help="Calibration: shared by all schemes, or sequential, each layer on quantized inputs."),
+]
 Skip = Annotated[list[str] | None, typer.Option(help="Pattern of linears that stay at 16 bits.")]
 
 

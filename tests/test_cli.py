@@ -428,3 +428,29 @@ def test_allocate_refuses_in_one_sentence(
     code, out, err = _quantlab(capsys, "allocate", toy_folder, *budget, *FAST, *place)
     assert (code, out) == (2, "") and text in err and err.count("\n") == 1
     assert not (tmp_path / "recipe.yaml").exists()
+
+
+def test_hessian_reaches_the_methods(
+    toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = ["--set", "calibration.text.num_sequences=2", "--set", "calibration.text.sequence_length=16"]
+    cache = ["--set", f"calibration.cache={tmp_path / 'calibration'}"]
+    keys = []
+    for hessian in ("shared", "sequential"):
+        command = [
+            "evaluate",
+            toy_folder,
+            "--scheme",
+            "w3-gptq",
+            "--tasks",
+            "perplexity",
+            *FAST,
+            *text,
+            *cache,
+        ]
+        result = _json(capsys, *command, "--hessian", hessian, "--out", tmp_path / "run")
+        made_by = json.loads(Path(result["record"]).read_text(encoding="utf-8"))["made_by"]
+        keys.append((made_by["method"]["hessian"], result["perplexity"]["nats_per_token"]))
+    assert [key[0] for key in keys] == ["shared", "sequential"] and keys[0][1] != keys[1][1]
+    code, _, err = _quantlab(capsys, *command, "--hessian", "both")
+    assert code == 2 and "'shared' or 'sequential'" in err
