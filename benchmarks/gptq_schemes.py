@@ -32,7 +32,11 @@ from quantlab.schemes import Scheme, TensorSpec
 SCHEMES = ("w8", "w6", "w4", "w4g64", "w4g32z", "w3g64", "w3", "w2g32")
 SHAPES = ("576x576", "576x1536", "2048x2048")
 BATCH, BLOCK, DAMPING = 512, 128, 0.01
-CONFIG = MethodConfig(gptq=GptqConfig(act_order=False, block_size=BLOCK, damping=DAMPING))
+FULL, SEARCHED = (
+    MethodConfig(gptq=GptqConfig(act_order=False, block_size=BLOCK, damping=DAMPING, clip_steps=steps))
+    for steps in (1, GptqConfig().clip_steps)
+)
+"""On full ranges, as the peers, and on searched ones, quantlab's default."""
 
 Solver = Callable[[Tensor, Tensor, list[TensorSpec]], list[Tensor]]
 """(weight_OI, x_TI, specs) -> the dequantized matrix of each spec."""
@@ -48,11 +52,11 @@ def gram_of(x_TI: Tensor) -> Tensor:
 
 def searched(weight_OI: Tensor, x_TI: Tensor, specs: list[TensorSpec]) -> list[Tensor]:
     """The same on searched ranges, quantlab's default."""
-    return quantlab(weight_OI, x_TI, specs, MethodConfig())
+    return quantlab(weight_OI, x_TI, specs, SEARCHED)
 
 
 def quantlab(
-    weight_OI: Tensor, x_TI: Tensor, specs: list[TensorSpec], config: MethodConfig = CONFIG
+    weight_OI: Tensor, x_TI: Tensor, specs: list[TensorSpec], config: MethodConfig = FULL
 ) -> list[Tensor]:
     """All specs from one Hessian."""
     unread_I = torch.zeros(x_TI.shape[1])
