@@ -191,3 +191,15 @@ def test_the_verb_stores_and_checks(
             main([*asked, *more])
         out = capsys.readouterr().out
         assert (stored["calibration"] in out) if not more else (checked["verdict"][:40] in out)
+
+
+def test_sequences_are_dealt_to_the_halves_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text whose second half differs from its first is no unstable one."""
+    monkeypatch.setattr("quantlab.calibration.check.overlaps", lambda texts: {})
+    a, b = (
+        torch.randint(0, toys.NUM_TOKENS, (1, 16), generator=torch.Generator().manual_seed(n)) for n in (0, 1)
+    )
+    for rows, alike in (([a, a, b, b], True), ([a, b, a, b], False)):
+        found = check_text_of(toys.toy_model(), torch.cat(rows), toys.toy_tokenizer(), batch_size=4)
+        assert all((each.absmax_ratio > 0.999) == alike for each in found.inputs)
+        assert all((each.trace_difference < 1e-4) == alike for each in found.inputs)

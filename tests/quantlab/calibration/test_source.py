@@ -69,6 +69,18 @@ def test_only_the_layer_at_hand_has_weights(tmp_path: Path) -> None:
         assert real == {f"{step.name}.{name}" for name, _ in step.layer.named_parameters()}
 
 
+def test_what_is_put_in_the_place_of_a_weight_stays(tmp_path: Path) -> None:
+    """A layer that is quantized in the loop keeps its new weights."""
+    config = _sharded("llama", tmp_path / "toy")
+    lent = open_lent(config, inspect_checkpoint(config))
+    layer = lent.source.layers[0]
+    own = torch.nn.Parameter(torch.ones(96, 64), requires_grad=False)
+    with lent.source.layer("model.layers.0", layer):
+        layer.get_submodule("mlp.up_proj").weight = own
+    assert layer.get_parameter("mlp.up_proj.weight") is own
+    assert [name for name, each in layer.named_parameters() if not each.is_meta] == ["mlp.up_proj.weight"]
+
+
 def test_one_shard_is_mapped_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = _sharded("llama", tmp_path / "toy")
     assert len(list((tmp_path / "toy").glob("*.safetensors"))) > 3

@@ -134,6 +134,21 @@ def test_a_stack_that_changes_hidden_states_between_layers_is_refused() -> None:
         next(walk_blocks(model, _ids()))
 
 
+def test_arguments_that_depend_on_the_tokens_are_refused() -> None:
+    model = toys.toy_model()
+    plain = model.model.rotary_emb.forward
+
+    def by_text(x: torch.Tensor, *args: object, **kwargs: object) -> object:
+        cos, sin = plain(x, *args, **kwargs)
+        return cos * (1 + x.mean()), sin
+
+    model.model.rotary_emb.forward = by_text
+    with pytest.raises(
+        CalibrationError, match=r"must not depend on the tokens.*those of model\.layers\.0 do"
+    ):
+        next(walk_blocks(model, _ids(), batch_size=2))
+
+
 class _Doubled(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
