@@ -160,15 +160,15 @@ def _transform_(
     The names carry the settings, so that statistics of the result can be kept under them.
     """
     settings, done, notes = asked.config.transforms, "", list[str]()
+    made_by = fingerprint({"settings": settings.model_dump(mode="json"), "code": source_hash()})[:16]
     for name in asked.scheme.transforms:
         if name == "bias":
             continue
         assert calibrator is not None, "schemes with transforms need tokens"
         stats = calibrator.linears(model, done) if "inputs" in TRANSFORMS[name].needs else {}
         notes += transform_(model, name, calibrator.ids_NT, stats, settings, undo)
-        done += f"{name}-"
-    made_by = {"settings": settings.model_dump(mode="json"), "code": source_hash()}
-    return notes, done and done + fingerprint(made_by)[:16]
+        done = f"{done or made_by}-{name}"
+    return notes, done
 
 
 def _check(model: nn.Module, asked: Asked, calibrator: Calibrator | None) -> Choice:

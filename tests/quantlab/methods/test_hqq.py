@@ -39,13 +39,10 @@ def test_no_group_is_worse_than_rtn_by_its_norm(
 
 
 @pytest.mark.parametrize("spec", GRIDS, ids=name_of)
-def test_the_unit_of_weights_does_not_matter(spec: TensorSpec) -> None:
-    weight = heavy_tailed()
-    fitted = fit_weight(weight, spec, HqqConfig())
-    for power in (-20, 20):
-        other = fit_weight(weight * 2.0**power, spec, HqqConfig())
-        assert torch.equal(other.codes, fitted.codes)
-        assert torch.equal(other.scale, fitted.scale * 2.0**power)
+def test_below_the_threshold_of_shrinkage_the_unit_of_weights_does_not_matter(spec: TensorSpec) -> None:
+    small = heavy_tailed() * 2.0**-12
+    fitted, other = (fit_weight(weight, spec, HqqConfig()) for weight in (small, small * 2.0**-10))
+    assert torch.equal(other.codes, fitted.codes) and torch.equal(other.scale, fitted.scale * 2.0**-10)
 
 
 @pytest.mark.parametrize("spec", [s for s in GRIDS if s.granularity != "tensor"], ids=name_of)
@@ -66,12 +63,17 @@ def test_zero_points_are_real_and_as_they_are_stored(spec: TensorSpec) -> None:
     assert fitted.storage_bits(16) == fitted.codes.numel() * spec.bits + fitted.scale.numel() * 32
 
 
-def test_the_alternation_is_its_formula_in_float64() -> None:
-    weight, spec = heavy_tailed(), TensorSpec(4, "channel", symmetric=False)
+@pytest.mark.parametrize("unit", [1.0, 0.01])
+def test_the_alternation_is_its_formula_in_float64(unit: float) -> None:
+    weight, spec = heavy_tailed() * unit, TensorSpec(4, "channel", symmetric=False)
     rtn, fitted = quantize_weight(weight, spec), fit_weight(weight, spec, HqqConfig())
     assert fitted.zero_point is not None and rtn.zero_point is not None
-    for units, first, found in zip(
-        (weight / rtn.scale).double(), rtn.zero_point.flatten(), fitted.zero_point.flatten(), strict=True
+    for units, scale, first, found in zip(
+        (weight / rtn.scale).double(),
+        rtn.scale.flatten().double(),
+        rtn.zero_point.flatten(),
+        fitted.zero_point.flatten(),
+        strict=True,
     ):
         zero, met = first.double(), []
         for step in range(21):
@@ -79,8 +81,9 @@ def test_the_alternation_is_its_formula_in_float64() -> None:
             residual = units - (codes - zero)
             met.append((float(residual.abs().pow(0.7).sum()), float(zero)))
             beta = 10 * 1.01**step
-            sparse = residual.sign() * (residual.abs() - residual.abs().pow(-0.3) / beta).clamp(min=0)
-            zero = (codes - units + sparse).mean()
+            real = residual * scale
+            sparse = real.sign() * (real.abs() - real.abs().pow(-0.3) / beta).clamp(min=0)
+            zero = (codes - units + sparse / scale).mean()
         fall = next((k for k in range(1, 21) if met[k][0] >= met[k - 1][0]), 21)
         assert float(found) == pytest.approx(met[fall - 1][1], rel=1e-5)
 
