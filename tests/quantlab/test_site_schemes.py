@@ -62,7 +62,7 @@ def under(
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     with attention_sites(model, **options):
         for prefix, layer, site, quantizer in find_sites(model, scheme, attention):
-            swap_site(layer, prefix, site, quantizer, None)
+            swap_site(layer, prefix, site, quantizer, [])
         yield
 
 
@@ -321,7 +321,7 @@ def test_sites_are_found_before_anything_is_swapped() -> None:
     with attention_sites(model):
         found = find_sites(model, Scheme.parse("q4kv4u8l4t"))
         assert not any(isinstance(module, FakeQuant) for module in model.modules())
-        rows = [swap_site(layer, prefix, site, quantizer, None) for prefix, layer, site, quantizer in found]
+        rows = [swap_site(layer, prefix, site, quantizer, []) for prefix, layer, site, quantizer in found]
         assert sum(isinstance(module, CachedHeads) for module in model.modules()) == 4
     assert [(row.name.rpartition(".")[2], row.why) for row in rows[:4]] == [
         ("attn_query", "q4"),
