@@ -60,7 +60,8 @@ class MethodConfig(Section):
 
     hessian: Literal["shared", "sequential"] = "shared"
     """shared: X^T X of the 16-bit model serves every scheme; sequential: each layer sees inputs that come out of
-    quantized layers, which is one calibration a scheme."""
+    quantized layers, which is one calibration a scheme. AWQ searches its scales on the 16-bit model either way; only
+    its ranges follow."""
     gptq: GptqConfig = GptqConfig()
     """GPTQ."""
     awq: AwqConfig = AwqConfig()
