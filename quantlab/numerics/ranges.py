@@ -31,6 +31,10 @@ def min_max(x: Tensor, dims: Dims) -> tuple[Tensor, Tensor]:
     return x.amin(dims, keepdim=True).float(), x.amax(dims, keepdim=True).float()
 
 
+_CACHED = 262_144
+"""Values of a part of a matrix whose candidates are tried together."""
+
+
 def percentile(x: Tensor, dims: Dims, percent: float) -> tuple[Tensor, Tensor]:
     """The interval that leaves floor((1 - percent/100) * n) of the n values out at either end.
 
@@ -88,11 +92,32 @@ def search_clip(
     never worse than rounding alone. Where every error overflows to infinity the full range stays.
 
     Args:
-        error_of: takes the residual quantized - x, float32 of x's shape, which it may overwrite; returns the error
-            of each group, with the spanned dimensions kept at length 1.
+        error_of: takes the residual quantized - x of some rows of x, float32, which it may overwrite; returns the
+            error of each group, with the spanned dimensions kept at length 1.
         scale_dtype: dtype in which scales will be stored, and to which those of candidates are rounded.
     """
-    x = x.float()
+    if -x.ndim in dims:
+        return _search_rows(x.float(), dims, qtype, error_of, num_steps, smallest, scale_dtype)
+    # Rows that stay in cache through all candidates: one and a half times as fast as the whole matrix.
+    rows = max(1, _CACHED // max(1, x[:1].numel()))
+    found = [
+        _search_rows(part.float(), dims, qtype, error_of, num_steps, smallest, scale_dtype)
+        for part in x.split(rows)
+    ]
+    low, high = zip(*found, strict=True)
+    return torch.cat(low), torch.cat(high)
+
+
+def _search_rows(
+    x: Tensor,
+    dims: Dims,
+    qtype: QType,
+    error_of: Callable[[Tensor], Tensor],
+    num_steps: int,
+    smallest: float,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`search_clip` of some rows."""
     full = absmax(x, dims) if qtype.symmetric else min_max(x, dims)
     best = torch.ones_like(full[0])
     least = torch.full_like(best, torch.inf)

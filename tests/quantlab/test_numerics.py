@@ -274,3 +274,17 @@ def test_mse_clip_is_never_worse_than_the_full_range(bits: int, symmetric: bool)
     # At few bits a normal tail is not worth its steps.
     assert bits > 3 or squared_error(clipped).sum() < 0.9 * squared_error(full).sum()
     assert clipped[0].shape == (6, 1)
+
+
+@pytest.mark.parametrize("dims", [(-1,), (-2, -1)])
+def test_a_range_is_searched_as_if_its_row_were_alone(dims: tuple[int, ...]) -> None:
+    """A matrix of more rows than are searched at a time; a range that spans rows is of all of them."""
+    x = torch.randn(9000, 32, generator=torch.Generator().manual_seed(0))
+    qtype = QType(3, full_range=True)
+    low, high = mse_clip(x, dims, qtype, num_steps=5)
+    if dims == (-1,):
+        rows = [0, 8191, 8192, 8999]
+        alone = [mse_clip(x[row : row + 1], dims, qtype, num_steps=5)[1] for row in rows]
+        assert torch.equal(high[rows], torch.cat(alone)) and high.shape == (9000, 1)
+    else:
+        assert high.shape == (1, 1) and float(high) <= float(x.abs().max()) and torch.equal(low, -high)
