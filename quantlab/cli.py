@@ -312,9 +312,9 @@ def allocate(
     json_: options.Json = False,
 ) -> None:
     """Mixed precision: the width of every linear under a budget, as a recipe that `quantlab run` takes."""
-    from quantlab import tables
     from quantlab.allocation.allocate import allocate as allocate_widths
     from quantlab.allocation.config import AllocationConfig
+    from quantlab.allocation.tables import allocation_table
     from quantlab.progress import counted
     from quantlab.sections import build_section
 
@@ -326,7 +326,7 @@ def allocate(
     config = build_section(AllocationConfig, tree, set_ or ())
     with counted("measuring sensitivities") as advance:
         result = allocate_widths(config, out, overwrite=overwrite, advance=advance)
-    _show(json_, result, lambda: tables.listing("allocate", _said_of(result)))
+    _show(json_, result, lambda: allocation_table(result))
 
 
 @app.command()
@@ -466,19 +466,6 @@ def _finish(config: Any, json_: bool) -> None:
         result["export"] = _export(config)
     result["report"] = str(_build_report(config.folder))
     _show(json_, result, lambda: tables.run_table(records, result))
-
-
-def _said_of(allocation: dict[str, Any]) -> dict[str, str]:
-    """An allocation for people: all but the width of every linear, which stand in the recipe."""
-    sums = {"chosen": allocation} | {f"{width} alone": taken for width, taken in allocation["alone"].items()}
-    said = {
-        name: f"{taken['average_storage_bits']:.4f} bits a weight, {taken['weights_bytes'] / 1e6:.3f} MB, "
-        f"divergence {taken['divergence']:.4g} nats a token"
-        for name, taken in sums.items()
-    }
-    linears = ", ".join(f"{count} x {width}" for width, count in allocation["num_linears"].items())
-    places = {name: str(allocation[name]) for name in ("scheme", "recipe", "sensitivity")}
-    return said | {"linears": linears} | places
 
 
 def _export(config: Any) -> dict[str, Any]:
