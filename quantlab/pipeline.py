@@ -27,7 +27,7 @@ from quantlab.inspection.precision import stored_precision
 from quantlab.records import Record, check_writable, read_record, read_records
 from quantlab.schemes import Scheme, check_shapes, check_widths
 from quantlab.sweep.executors import Advance, Event, run_cells
-from quantlab.sweep.jobs import Job, jobs_of
+from quantlab.sweep.jobs import Job, jobs_of, made_of_weights
 from quantlab.sweep.plan import Cell, plan
 from quantlab.sweep.store import RunStore
 
@@ -75,6 +75,7 @@ def check(config: RunConfig) -> tuple[list[CheckpointInfo], dict[str, str], int 
         What each checkpoint is, the SHA-256 of the data of each task, and the number of HellaSwag documents selected.
     """
     schemes = [name for position in range(len(config.checkpoints)) for name in config.of(position).schemes]
+    schemes += [config.export.scheme] if config.export else []
     if config.quantize.widths and not any(Scheme.parse(name).mixed for name in schemes):
         raise ConfigError(
             "quantize.widths is for schemes whose name ends in -mixed: the run has none. Add one, or leave it out."
@@ -172,17 +173,24 @@ def export(config: RunConfig, advance: Advance) -> dict[str, Any]:
     """Write a checkpoint's low-bit weights; the card's scores come from matching records only."""
     if config.export is None:
         raise ConfigError("an export needs the section 'export', which the configuration sets to null.")
-    check(config)
+    _, data, _ = check(config)
     records = _records_for_card(config)
+    from quantlab.calibration.calibrator import calibrator_of
     from quantlab.export.folder import export_checkpoint
     from quantlab.models.loading import load_checkpoint
 
-    summary = export_checkpoint(
+    checkpoint, scheme = (
         load_checkpoint(config.checkpoints[config.exported]),
         Scheme.parse(config.export.scheme),
+    )
+    summary = export_checkpoint(
+        checkpoint,
+        scheme,
         config.export.format,
         export_folder(config),
-        skip=config.quantize.skip,
+        config=config.quantize,
+        calibrator=calibrator_of(checkpoint, config.calibration) if scheme.needs else None,
+        made_by=made_of_weights(scheme, config, data),
         records=records,
         overwrite=config.export.overwrite or config.export.out is None,
         max_shard_size=config.export.max_shard_size,
@@ -265,7 +273,11 @@ def _check_data(config: RunConfig) -> tuple[dict[str, str], int | None]:
     data: dict[str, str] = {}
     num_documents = None
     own = [config.of(position) for position in range(len(config.checkpoints))]
-    if any(Scheme.parse(name).needs for each in own for name in each.schemes):
+    named = [
+        *(name for each in own for name in each.schemes),
+        *([config.export.scheme] if config.export else []),
+    ]
+    if any(Scheme.parse(name).needs for name in named):
         data["calibration"] = check_text(config.calibration.text)
     if config.profile is not None:
         data["profile"] = check_text(config.profile.text)

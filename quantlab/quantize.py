@@ -2,6 +2,7 @@
 
     quantize_(model, scheme)            swaps modules for good
     with quantized(model, scheme):      swaps them for the span of the block
+    with prepared(model, scheme):       transforms only, and codes of a linear when they are asked for: for writers
 
 In the order in which it is done: transforms change weights without changing the function; methods choose codes
 (`quantlab.solving`); linears of the decoder layers become `QuantLinear`; the sites of queries, keys, values, attention
@@ -16,7 +17,7 @@ document's score moves by at most what the scheme itself costs some document: in
 57 tokens, w8a8: mean difference 0.0004 +- 0.010 nats per token, largest 0.08, where the scheme costs up to 0.13.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -25,7 +26,7 @@ from torch import nn
 
 from probes.attention import attention_sites
 from quantlab.calibration.calibrator import Calibrator
-from quantlab.calibration.statistics import LinearStats
+from quantlab.calibration.statistics import AttentionStats, LinearStats
 from quantlab.changes import Change, Changes
 from quantlab.config import QuantizeConfig
 from quantlab.errors import CalibrationError, SchemeError
@@ -45,12 +46,12 @@ from quantlab.numerics.static import Fixed, static_range
 from quantlab.records import fingerprint, source_hash
 from quantlab.schemes import TRANSFORMS, Scheme, TensorSpec, check_shapes, check_widths
 from quantlab.solutions import SolutionStore
-from quantlab.solving import Asked, solve_model
+from quantlab.solving import Asked, solve_model, solve_one_by_one
 from quantlab.transforms.apply import guard_of, transform_
 from quantlab.transforms.bias import correct_bias
 from quantlab.transforms.edit import Undo, replace_, restore
 
-__all__ = ["Change", "Changes", "quantize_", "quantized"]
+__all__ = ["Change", "Changes", "Prepared", "prepared", "quantize_", "quantized"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,61 @@ def quantized(
             stack.enter_context(attention_sites(model))
         stack.callback(restore, undo)
         yield _apply(model, Asked(scheme, config, scale_dtype), calibrator, solutions, undo)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model whose transforms are done, and whose codes are to be had."""
+
+    linears: tuple[str, ...]
+    """Names of the linears in low bits; each has a matrix of its own."""
+    skipped: tuple[str, ...]
+    """Decoder linears that keep their precision by request."""
+    solve: Callable[[str], Solved]
+    """Codes of one linear."""
+    bias: Callable[[str, Solved], torch.Tensor | None]
+    """The bias [O] that a linear has beside these codes, where the scheme corrects biases; else None."""
+    stats: Mapping[str, LinearStats]
+    """Statistics of inputs, where the scheme needs them."""
+    attention: Mapping[str, AttentionStats]
+    """Ranges of queries, keys and values, where the scheme needs them."""
+    notes: tuple[str, ...]
+    """What transforms have to say."""
+
+
+@contextmanager
+def prepared(
+    model: nn.Module,
+    scheme: Scheme,
+    config: QuantizeConfig = QuantizeConfig(),
+    *,
+    scale_dtype: torch.dtype = torch.float32,
+    calibrator: Calibrator | None = None,
+) -> Iterator[Prepared]:
+    """The model with the scheme's transforms for the span of the block, and its codes one linear at a time.
+
+    Takes and raises what `quantize_` does; the codes are the same.
+    """
+    undo: Undo = []
+    asked = Asked(scheme, config, scale_dtype)
+    try:
+        choice = _check(model, asked, calibrator)
+        notes, done = _transform_(model, asked, calibrator, undo)
+        choice = choose_targets(model, config.skip) if done else choice
+        attention = calibrator.attention(model, done) if calibrator and "attention" in scheme.needs else {}
+        own = [target for target in choice.chosen if target.tied_to is None]
+        solve, stats = solve_one_by_one(model, own, asked, calibrator, done, undo)
+        by_name = {target.name: target for target in own}
+
+        def bias(name: str, solved: Solved) -> torch.Tensor | None:
+            work = _Work(asked, {name: solved}, stats)
+            return _corrected(model.get_submodule(name), by_name[name], work)
+
+        names = tuple(target.name for target in choice.chosen)
+        skipped = tuple(target.name for target in choice.skipped)
+        yield Prepared(names, skipped, solve, bias, stats, attention, tuple(notes))
+    finally:
+        restore(undo)
 
 
 def _apply(

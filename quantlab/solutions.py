@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantlab.export.atomic import MANIFEST, new_folder
+from quantlab.export.atomic import new_folder
 from quantlab.locks import locked
+from quantlab.manifest import MANIFEST
 from quantlab.methods.solved import Solved
 from quantlab.numerics.affine import QuantizedTensor
 from quantlab.numerics.packing import pack, unpack

@@ -36,7 +36,15 @@ from quantlab.transforms.activation_aware import scale_inputs_
 from quantlab.transforms.apply import guard_of
 from quantlab.transforms.edit import Undo, restore, set_matrix_
 
-__all__ = ["QUANTIZERS", "Asked", "solve", "solve_model", "solve_sequential", "solve_together"]
+__all__ = [
+    "QUANTIZERS",
+    "Asked",
+    "solve",
+    "solve_model",
+    "solve_one_by_one",
+    "solve_sequential",
+    "solve_together",
+]
 
 
 class Quantizer(Protocol):
@@ -108,18 +116,49 @@ def solve_model(
     if scheme.method == "awq":
         assert calibrator is not None
         stats = _scale_for_awq_(model, targets, asked, calibrator, stats, undo)
-    layerwise = scheme.method == "autoround" or (
-        asked.config.methods.hessian == "sequential" and "inputs" in METHODS[scheme.method].needs
-    )
-    if layerwise:
+    if _is_layerwise(asked):
         assert calibrator is not None
         walk = (calibrator.ids_NT, calibrator.batch_size, calibrator.accumulate)
         return _kept(store, asked, lambda: solve_sequential(model, targets, asked, *walk)), stats
     if scheme.method == "gptq" and store is not None:
         return _kept_together(model, targets, asked, stats, store), stats
-    # Statistics that the method does not read are not read from disk either.
-    read = stats if "inputs" in METHODS[scheme.method].needs else {}
-    return solve(model, targets, asked, read), stats
+    return solve(model, targets, asked, _read(asked, stats)), stats
+
+
+def solve_one_by_one(
+    model: nn.Module,
+    targets: Sequence[Target],
+    asked: Asked,
+    calibrator: Calibrator | None,
+    done: str,
+    undo: Undo,
+) -> tuple[Callable[[str], Solved], Stats]:
+    """As `solve_model`, but codes of a linear are found when its name is given, so that few are in memory at a time.
+
+    Methods that learn whole layers find all codes at once.
+    """
+    if _is_layerwise(asked):
+        solved, stats = solve_model(model, targets, asked, calibrator, done, None, undo)
+        return solved.__getitem__, stats
+    stats = calibrator.linears(model, done) if calibrator and "inputs" in asked.scheme.needs else {}
+    if asked.scheme.method == "awq":
+        assert calibrator is not None
+        stats = _scale_for_awq_(model, targets, asked, calibrator, stats, undo)
+    by_name = {target.name: target for target in targets}
+    read = _read(asked, stats)
+    return lambda name: solve(model, [by_name[name]], asked, read)[name], stats
+
+
+def _is_layerwise(asked: Asked) -> bool:
+    """Whether codes of a layer need those of the layers before it, or are learned together."""
+    method = asked.scheme.method
+    sequential = asked.config.methods.hessian == "sequential" and "inputs" in METHODS[method].needs
+    return method == "autoround" or sequential
+
+
+def _read(asked: Asked, stats: Stats) -> Stats:
+    """Statistics that the method reads; others are not read from disk either."""
+    return stats if "inputs" in METHODS[asked.scheme.method].needs else {}
 
 
 def _kept(

@@ -5,24 +5,21 @@ An existing destination is replaced only when that is allowed and it is such a f
 one is complete: it is moved aside, the new one takes its name, then it is deleted.
 """
 
-import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-import quantlab
 from quantlab.errors import OutputError
+from quantlab.manifest import MANIFEST, write_manifest
 
-__all__ = ["MANIFEST", "check_destination", "new_folder"]
-
-MANIFEST = "MANIFEST.json"
-"""Lists every other file of a folder with its sha256 and its size in bytes."""
+__all__ = ["check_destination", "new_folder"]
 
 
 def check_destination(destination: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -> None:
@@ -59,8 +56,12 @@ def check_destination(destination: Path, *, overwrite: bool, sources: Sequence[P
 
 
 @contextmanager
-def new_folder(destination: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(
+    destination: Path, *, overwrite: bool = False, facts: Mapping[str, Any] | None = None
+) -> Iterator[Path]:
     """A temporary folder to fill; it takes the destination's name when the block ends well, else it is removed.
+
+    `facts` go into the manifest, as they are when the block ends.
 
     Raises:
         OutputError: as `check_destination`, or writing failed (disk full, read-only); the destination is then
@@ -72,7 +73,7 @@ def new_folder(destination: Path, *, overwrite: bool = False) -> Iterator[Path]:
         destination.parent.mkdir(parents=True, exist_ok=True)
         temporary = _beside(destination, "partial")
         yield temporary
-        _write_manifest(temporary)
+        write_manifest(temporary, facts)
         _flush(temporary)
         _move(temporary, destination, overwrite=overwrite)
     except (OSError, SafetensorError) as error:
@@ -97,17 +98,6 @@ def _is_replaceable(folder: Path) -> bool:
 def _beside(destination: Path, what: str) -> Path:
     """A new hidden folder in the destination's parent."""
     return Path(tempfile.mkdtemp(prefix=f".{destination.name}.{what}-", dir=destination.parent))
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            files[path.relative_to(folder).as_posix()] = {"sha256": digest, "bytes": path.stat().st_size}
-    manifest = {"format_version": 1, "quantlab": quantlab.__version__, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def _flush(folder: Path) -> None:

@@ -36,8 +36,10 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.errors import SchemeError
+from quantlab.export.job import ExportJob
 from quantlab.export.shards import Layout, Part, TensorType
-from quantlab.methods.rtn import quantize_weight
+from quantlab.methods.solved import Quantized
+from quantlab.numerics.affine import QuantizedTensor
 from quantlab.numerics.packing import pack
 from quantlab.schemes import Scheme, TensorSpec
 
@@ -47,29 +49,22 @@ VERSION = "0.20.0"
 """The release of compressed-tensors whose reader this layout was written for and tested with."""
 
 
-def layout(model: nn.Module, scheme: Scheme, swapped: Sequence[str], dtype: torch.dtype) -> Layout:
-    """How the swapped linears of the model are stored.
-
-    Args:
-        scheme: one that the format's check accepts.
-        swapped: names of the linears that get low bits.
-        dtype: the stored dtype, of scales and of everything that keeps its precision.
+def layout(job: ExportJob) -> Layout:
+    """How the linears of the job are stored; its scheme is one that the format's check accepts.
 
     Raises:
-        SchemeError: a swapped module is not nn.Linear itself, which is all that the format's readers handle, or two
-            of them share one weight, which readers could not tie again.
+        SchemeError: a linear is not nn.Linear itself, which is all that the format's readers handle, or two of them
+            share one weight, which readers could not tie again.
     """
-    spec = scheme.weights
+    scheme, spec = job.scheme, job.scheme.weights
     assert isinstance(spec, TensorSpec), "the format's check lets no other weights through"
-    packed = scheme.activations is None
-    linears = {name: _linear(model, name) for name in swapped}
+    linears = {name: _linear(job.model, name) for name in job.linears}
     _check_separate(linears)
     return Layout(
-        linears={name: _part(linear, spec, dtype, packed=packed) for name, linear in linears.items()},
-        quantization_config=_quantization_config(scheme, _ignored(model, swapped)),
+        linears={name: _part(job, name, linear, spec) for name, linear in linears.items()},
+        quantization_config=_quantization_config(scheme, _ignored(job.model, job.linears)),
         name=_layout_name(scheme),
         num_codes=sum(linear.weight.numel() for linear in linears.values()),
-        engines=_engines(scheme),
     )
 
 
@@ -107,31 +102,33 @@ def _check_separate(linears: Mapping[str, nn.Linear]) -> None:
             )
 
 
-def _part(linear: nn.Linear, spec: TensorSpec, dtype: torch.dtype, *, packed: bool) -> Part:
+def _part(job: ExportJob, name: str, linear: nn.Linear, spec: TensorSpec) -> Part:
     """The tensors that stand for a linear's weight; they are computed when the part is built."""
     rows, width = linear.weight.shape
-    scale = TensorType(dtype, (rows, width // (spec.group_size or width)))
+    packed = job.scheme.activations is None
+    scale = TensorType(job.dtype, (rows, width // (spec.group_size or width)))
     if not packed:
         tensors = {"weight": TensorType(torch.int8, (rows, width)), "weight_scale": scale}
     else:
         words = TensorType(torch.int32, (rows, ceil(width * spec.bits / 32)))
         shape = TensorType(torch.int64, (2,))
         tensors = {"weight_packed": words, "weight_scale": scale, "weight_shape": shape}
-    return Part(tensors, lambda: _tensors(linear.weight, spec, dtype, packed=packed), num_linears=1)
+    return Part(tensors, lambda: _tensors(job.codes(name), job.dtype, packed=packed), num_linears=1)
 
 
-def _tensors(weight: Tensor, spec: TensorSpec, dtype: torch.dtype, *, packed: bool) -> dict[str, Tensor]:
-    quantized = quantize_weight(weight.detach(), spec, scale_dtype=dtype)
-    codes, scale = quantized.codes.cpu(), quantized.scale.to("cpu", dtype).contiguous()
+def _tensors(quantized: Quantized, dtype: torch.dtype, *, packed: bool) -> dict[str, Tensor]:
+    assert isinstance(quantized, QuantizedTensor) and quantized.zero_point is None
+    bits, codes = quantized.qtype.bits, quantized.codes.cpu()
+    scale = quantized.scale.to("cpu", dtype).contiguous()
     assert torch.equal(scale.float(), quantized.scale.float().cpu()), (
         "scales must fit the stored dtype exactly"
     )
     if not packed:
         return {"weight": codes.contiguous(), "weight_scale": scale}
     # uint8 wraps around: -2^(b-1) + 2^(b-1) is 0.
-    unsigned = codes.view(torch.uint8) + 2 ** (spec.bits - 1)
+    unsigned = codes.view(torch.uint8) + 2 ** (bits - 1)
     shape = torch.tensor(codes.shape, dtype=torch.int64)
-    return {"weight_packed": pack_rows(unsigned, spec.bits), "weight_scale": scale, "weight_shape": shape}
+    return {"weight_packed": pack_rows(unsigned, bits), "weight_scale": scale, "weight_shape": shape}
 
 
 def _ignored(model: nn.Module, swapped: Sequence[str]) -> list[str]:
@@ -181,24 +178,3 @@ def _arguments(spec: TensorSpec, *, dynamic: bool) -> dict[str, Any]:
         "group_size": spec.group_size,
         "dynamic": dynamic,
     }
-
-
-_ON_CPU = "On a CPU transformers unpacks the weights at the first forward pass: no gain in memory or speed."
-
-
-def _engines(scheme: Scheme) -> str:
-    assert scheme.weights is not None
-    bits = scheme.weights.bits
-    if scheme.activations is not None:
-        return (
-            "vLLM runs 8-bit weights with 8-bit activations as integer products, which is faster. transformers only "
-            "simulates the activations, with a step of absmax / 127.5 where vLLM and quantlab take absmax / 127, so "
-            f"its scores differ slightly. {_ON_CPU}"
-        )
-    if bits in (4, 8):
-        usual = "per channel or in groups of 32, 64 or 128"
-        return f"vLLM has fast kernels for {bits}-bit weights {usual}. {_ON_CPU}"
-    return (
-        f"{bits}-bit weights make the files smaller; we know of no widely used engine that runs this width faster. "
-        f"The layout is that of compressed-tensors {VERSION}. {_ON_CPU}"
-    )

@@ -1,12 +1,12 @@
 """A quantized checkpoint as a folder: weights, config, tokenizer, generation config, card, recipe and manifest.
 
 config.json                       the source's, with `quantization_config` and the stored dtype
-model.safetensors                 or shards with model.safetensors.index.json
+model.safetensors                 or shards with model.safetensors.index.json (gguf: model.gguf, and no config.json)
 generation_config.json            where the model has one
 tokenizer.json, ...               as the tokenizer saves itself
 README.md                         the model card
-recipe.json                       scheme, format, skipped linears, source and its content hash
-MANIFEST.json                     sha256 and size of every file above, written last
+recipe.json                       scheme, format, settings, skipped linears, source and its content hash
+MANIFEST.json                     sha256 and size of every file above, digests of codes; written last
 """
 
 import copy
@@ -15,24 +15,29 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
 import quantlab
+from quantlab.config import QuantizeConfig
 from quantlab.errors import CheckpointError
 from quantlab.export.atomic import check_destination, new_folder
-from quantlab.export.formats import find_format
-from quantlab.export.model_card import CardFacts, matching_scores, model_card
+from quantlab.export.codes import Codes
+from quantlab.export.formats import Format, find_format
+from quantlab.export.job import ExportJob
+from quantlab.export.model_card import CardFacts, Scores, matching_scores, model_card
 from quantlab.export.shards import Layout, write_shards
 from quantlab.export.tensors import dtype_name, model_parts, stored_dtype, tied_names
 from quantlab.inspection.checkpoint import content_hash
-from quantlab.layers.targets import choose_targets
+from quantlab.quantize import Prepared, prepared
 from quantlab.records import Record
-from quantlab.schemes import Scheme, check_shapes
+from quantlab.schemes import Scheme
 
 if TYPE_CHECKING:
+    from quantlab.calibration.calibrator import Calibrator
     from quantlab.models.loading import Checkpoint
 
 __all__ = ["DEFAULT_SHARD_SIZE", "ExportSummary", "export_checkpoint"]
@@ -57,10 +62,12 @@ class ExportSummary:
     """Linears in low bits."""
     skipped: tuple[str, ...]
     """Decoder linears that keep their precision by request."""
+    notes: tuple[str, ...] = ()
+    """What the method and the transforms have to say: fallbacks, a head that was untied."""
 
     def summary(self) -> dict[str, Any]:
         """The same as JSON-ready data."""
-        lists = {"swapped": list(self.swapped), "skipped": list(self.skipped)}
+        lists = {"swapped": list(self.swapped), "skipped": list(self.skipped), "notes": list(self.notes)}
         return vars(self) | {"path": str(self.path)} | lists
 
 
@@ -70,7 +77,9 @@ def export_checkpoint(
     format_name: str,
     out_dir: Path,
     *,
-    skip: Sequence[str] = (),
+    config: QuantizeConfig = QuantizeConfig(),
+    calibrator: "Calibrator | None" = None,
+    made_by: Mapping[str, Any] = MappingProxyType({}),
     records: Sequence[Record] = (),
     overwrite: bool = False,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
@@ -79,7 +88,9 @@ def export_checkpoint(
     """Write the checkpoint with its decoder's linears in low bits; the folder appears whole or not at all.
 
     Args:
-        skip: dotted patterns of decoder linears that keep their precision.
+        config: linears that keep their precision, widths of mixed schemes, settings of methods and transforms.
+        calibrator: for schemes that need calibration.
+        made_by: what records of these codes say of calibration, method, transforms and widths.
         records: where the card's scores come from; only those of this content, scheme and skip are used.
         overwrite: replace an earlier export, once the new one is complete.
         max_shard_size: bytes of a weight file; the memory needed besides the model is one such file.
@@ -88,6 +99,7 @@ def export_checkpoint(
     Raises:
         ConfigError: unknown format.
         SchemeError: the format, or this model, cannot hold the scheme.
+        CalibrationError: the text or the model cannot be calibrated.
         CheckpointError: the architecture's tensors are not stored as the model holds them, or it needs code of the
             checkpoint's own.
         OutputError: the folder exists, overlaps the checkpoint or cannot be written; what was there is untouched.
@@ -97,47 +109,103 @@ def export_checkpoint(
     model, info = checkpoint.model, checkpoint.info
     check_destination(out_dir, overwrite=overwrite, sources=(info.path, *info.files))
     _check_code(model)
-    choice = choose_targets(model, skip)
-    check_shapes(scheme, {target.name: (target.shape[0], target.shape[1]) for target in choice.chosen})
-    swapped, skipped = ([target.name for target in kind] for kind in (choice.chosen, choice.skipped))
     dtype = stored_dtype(model, info.source_precision)
-    layout: Layout = import_module(form.module).layout(model, scheme, swapped, dtype)
-    parts = list(model_parts(model, layout, dtype))
-    digest = content_hash(info)
-    with new_folder(out_dir, overwrite=overwrite) as folder:
-        weights_bytes = write_shards(folder, parts, max_shard_size, advance)
-        checkpoint.tokenizer.save_pretrained(folder)
-        _write_configs(folder, model, layout, dtype)
+    with prepared(model, scheme, config, scale_dtype=dtype, calibrator=calibrator) as ready:
+        codes = Codes(ready.solve)
+        job = ExportJob(
+            model,
+            checkpoint.tokenizer,
+            info,
+            scheme,
+            ready.linears,
+            dtype,
+            codes,
+            max_shard_size,
+            advance,
+            ready,
+        )
+        digest = content_hash(info)
+        scores = matching_scores(records, digest, scheme, config.skip, made_by)
+        return _write(job, form, out_dir, config, made_by, digest, scores, overwrite=overwrite)
+
+
+def _write(
+    job: ExportJob,
+    form: Format,
+    out_dir: Path,
+    config: QuantizeConfig,
+    made_by: Mapping[str, Any],
+    digest: str,
+    scores: Scores,
+    *,
+    overwrite: bool,
+) -> ExportSummary:
+    module = import_module(form.module)
+    manifest: dict[str, Any] = {"tensors": job.codes.digests}
+    with new_folder(out_dir, overwrite=overwrite, facts=manifest) as folder:
+        if hasattr(module, "write"):
+            layout, wider = module.write(job, folder), []
+        else:
+            layout = module.layout(job)
+            wider = _write_safetensors(job, layout, folder)
+        weights_bytes = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in _WEIGHTS)
+        job.tokenizer.save_pretrained(folder)
         facts = CardFacts(
-            scheme=scheme,
+            scheme=job.scheme,
             format_name=form.name,
             layout=layout.name,
-            base_model=info.name,
+            base_model=job.info.name,
             content_hash=digest,
-            source_precision=info.source_precision,
-            stored_dtype=dtype_name(dtype),
-            num_swapped=len(swapped),
-            skipped=skipped,
-            skip=skip,
+            source_precision=job.info.source_precision,
+            stored_dtype=dtype_name(job.dtype),
+            num_swapped=len(job.linears),
+            skipped=job.ready.skipped,
+            skip=config.skip,
             average_storage_bits=layout.average_storage_bits,
             weights_bytes=weights_bytes,
-            tied_embeddings=bool(tied_names(model)),
-            engines=layout.engines,
-            wider=[name for part in parts for name in part.wider_than(dtype)],
+            tied_embeddings=bool(tied_names(job.model)),
+            engines=form.engines(job.scheme),
+            wider=wider,
+            notes=_notes(job),
         )
-        card = model_card(facts, matching_scores(records, digest, scheme, skip))
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        _write_json(folder / "recipe.json", _recipe(facts))
+        (folder / "README.md").write_text(model_card(facts, scores), encoding="utf-8")
+        write_json(folder / "recipe.json", _recipe(facts, config, made_by))
     return ExportSummary(
         path=out_dir,
         format_name=form.name,
-        scheme=scheme.name,
+        scheme=job.scheme.name,
         weights_bytes=weights_bytes,
         average_storage_bits=layout.average_storage_bits,
-        stored_dtype=dtype_name(dtype),
-        swapped=tuple(swapped),
-        skipped=tuple(skipped),
+        stored_dtype=dtype_name(job.dtype),
+        swapped=job.linears,
+        skipped=job.ready.skipped,
+        notes=facts.notes,
     )
+
+
+_WEIGHTS = (".safetensors", ".gguf")
+
+
+def _write_safetensors(job: ExportJob, layout: Layout, folder: Path) -> list[str]:
+    """Weights, config and further files of a format that is safetensors; names of tensors kept in a wider dtype."""
+    parts = list(model_parts(job.model, layout, job.dtype))
+    write_shards(folder, parts, job.max_shard_size, job.advance, layout.metadata)
+    _write_configs(folder, job.model, layout, job.dtype)
+    for name, body in layout.files.items():
+        write_json(folder / name, body)
+    return [name for part in parts for name in part.wider_than(job.dtype)]
+
+
+def _notes(job: ExportJob) -> tuple[str, ...]:
+    """What transforms say, and what was done otherwise than asked, each with the linears that it is of."""
+    linears: dict[str, list[str]] = {}
+    for name, note in job.codes.notes.items():
+        linears.setdefault(note, []).append(name)
+    of_codes = [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {note}"
+        for note, names in linears.items()
+    ]
+    return (*job.ready.notes, *of_codes)
 
 
 def _check_code(model: PreTrainedModel) -> None:
@@ -159,23 +227,23 @@ def _write_configs(folder: Path, model: PreTrainedModel, layout: Layout, dtype: 
         "dtype": dtype_name(dtype),
         "quantization_config": layout.quantization_config,
     }
-    _write_json(folder / "config.json", body)
+    write_json(folder / "config.json", body)
     generation = getattr(model, "generation_config", None)
     if generation is not None:
-        _write_json(folder / "generation_config.json", json.loads(generation.to_json_string(use_diff=True)))
+        write_json(folder / "generation_config.json", json.loads(generation.to_json_string(use_diff=True)))
 
 
-def _recipe(facts: CardFacts) -> dict[str, Any]:
+def _recipe(facts: CardFacts, config: QuantizeConfig, made_by: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "format_version": 1,
+        "format_version": 2,
         "quantlab": quantlab.__version__,
         "scheme": facts.scheme.name,
-        "method": facts.scheme.method,
-        "transforms": list(facts.scheme.transforms),
         "format": facts.format_name,
         "layout": facts.layout,
-        "skip": list(facts.skip),
+        "quantize": config.model_dump(mode="json"),
+        "made_by": dict(made_by),
         "stored_dtype": facts.stored_dtype,
+        "average_storage_bits": facts.average_storage_bits,
         "source": {
             "name": facts.base_model,
             "content_hash": facts.content_hash,
@@ -184,5 +252,6 @@ def _recipe(facts: CardFacts) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, body: Mapping[str, Any]) -> None:
+def write_json(path: Path, body: Mapping[str, Any]) -> None:
+    """One JSON object as people read it."""
     path.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

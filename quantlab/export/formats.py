@@ -1,17 +1,19 @@
-"""FORMATS: what a checkpoint can be written as, and which schemes each format can express. Needs no torch.
+"""FORMATS: what a checkpoint can be written as, and which schemes and engines each format has. Needs no torch.
 
-Adding a format is a line here and a module beside this one. The module offers
+Adding a format is a line here, its refusal in `refusals`, its engines in `engines`, and a module beside this one, which is
+imported only when something is written. The module offers
 
-    layout(model, scheme, swapped, dtype) -> Layout     (`quantlab.export.shards`)
-
-and is imported only when something is written.
+    layout(job: ExportJob) -> Layout                            where weights are safetensors
+    write(job: ExportJob, folder: Path) -> Layout               where they are a file of their own (gguf)
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from quantlab.errors import ConfigError, SchemeError, nearest
-from quantlab.schemes import Scheme, TensorSpec
+from quantlab.export import engines, refusals
+from quantlab.export.engines import Engine
+from quantlab.schemes import Scheme
 
 __all__ = ["FORMATS", "Format", "find_format"]
 
@@ -29,6 +31,8 @@ class Format:
     """Where its writer is."""
     refusal: Callable[[Scheme], str | None]
     """What the format cannot hold of a scheme, or None when it holds all of it."""
+    engines: Callable[[Scheme], tuple[Engine, ...]]
+    """Who loads a scheme in this format, and how it runs there."""
 
     def check(self, scheme: Scheme) -> None:
         """Refuse a scheme that the format cannot express.
@@ -55,36 +59,73 @@ def find_format(name: str) -> Format:
     return FORMATS[name]
 
 
-def _beyond_compressed_tensors(scheme: Scheme) -> str | None:
-    """What pack-quantized (weights only) and int-quantized (w8a8) cannot hold of a scheme."""
-    if scheme.sites or scheme.head_sites or scheme.lambdas or scheme.hidden:
-        return "a folder of weights carries no quantized attention, cache or hidden states"
-    if not isinstance(scheme.weights, TensorSpec):
-        return f"its weights are {scheme.format}" if scheme.format else "it leaves the weights at 16 bits"
-    if scheme.method != "rtn" or scheme.transforms or scheme.mixed:
-        return "this version writes weights that are rounded to nearest, all of one width"
-    if scheme.weights.granularity not in ("channel", "group"):
-        return "weights need a scale per channel or per group"
-    if not scheme.weights.symmetric:
-        return "transformers does not load this format's packed zero points"
-    if scheme.activations is None:
-        return None
-    activations = scheme.activations
-    if (activations.bits, activations.granularity, activations.symmetric) != (8, "row", True):
-        return "activations go with it at 8 bits, symmetric, with a dynamic scale per token"
-    if (scheme.weights.bits, scheme.weights.granularity) != (8, "channel"):
-        return "8-bit activations go with 8-bit weights and a scale per channel"
-    return None
-
-
 FORMATS: dict[str, Format] = {
-    "compressed-tensors": Format(
-        name="compressed-tensors",
-        description="symmetric weights of 2 to 8 bits per channel or group (w4, w6g64, ...), and w8a8; "
-        "loaded by transformers and vLLM",
-        schemes="symmetric weights of 2 to 8 bits per channel or group (w4, w6g64, ...) and w8a8",
-        module="quantlab.export.compressed_tensors",
-        refusal=_beyond_compressed_tensors,
-    ),
+    form.name: form
+    for form in (
+        Format(
+            "compressed-tensors",
+            "symmetric weights of 2 to 8 bits per channel or group, fp8, and w8a8; for transformers and vLLM",
+            "symmetric weights of 2 to 8 bits per channel or group (w4, w6g64-gptq, ...), fp8 and w8a8",
+            "quantlab.export.compressed_tensors",
+            refusals.of_compressed_tensors,
+            engines.of_compressed_tensors,
+        ),
+        Format(
+            "gptq",
+            "weights of 2, 3, 4 or 8 bits per channel or group, zero points too; for gptqmodel, vLLM, auto-gptq",
+            "weights of 2, 3, 4 or 8 bits per channel or group (w4g64-gptq, w3g64z, ...)",
+            "quantlab.export.gptq",
+            refusals.of_gptq,
+            engines.of_gptq,
+        ),
+        Format(
+            "awq",
+            "weights of 4 bits in groups, the GEMM layout; for gptqmodel, transformers, vLLM",
+            "weights of 4 bits in groups (w4g64z-awq, w4g64, ...)",
+            "quantlab.export.awq",
+            refusals.of_awq,
+            engines.of_awq,
+        ),
+        Format(
+            "bitsandbytes",
+            "nf4 and fp4, with double quantization too (nf4_dq), and int8 (llm_int8); for transformers",
+            "nf4, fp4, nf4_dq, fp4_dq and llm_int8",
+            "quantlab.export.bitsandbytes",
+            refusals.of_bitsandbytes,
+            engines.of_bitsandbytes,
+        ),
+        Format(
+            "gguf",
+            "ggml's blocks: q8_0, q6_k, q5_k, q5_0, q5_1, q4_k, q4_0, q4_1, q3_k; for llama.cpp and transformers",
+            "q8_0, q6_k, q5_k, q5_0, q5_1, q4_k, q4_0, q4_1 and q3_k",
+            "quantlab.export.gguf",
+            refusals.of_gguf,
+            engines.of_gguf,
+        ),
+        Format(
+            "torchao",
+            "symmetric weights of 8 or 4 bits per channel or group; for transformers and torchao",
+            "symmetric weights of 8 or 4 bits per channel or group (w8, w4g64-gptq, ...)",
+            "quantlab.export.torchao",
+            refusals.of_torchao,
+            engines.of_torchao,
+        ),
+        Format(
+            "quanto",
+            "weights of 8 bits per channel, 4 and 2 bits with zero points; for optimum-quanto",
+            "weights of 8 bits per channel (w8), and of 4 or 2 bits per channel or group",
+            "quantlab.export.quanto",
+            refusals.of_quanto,
+            engines.of_quanto,
+        ),
+        Format(
+            "quantlab",
+            "any scheme that has low-bit weights, of any architecture, the differential ones too; for quantlab",
+            "every scheme with low-bit weights",
+            "quantlab.export.quantlab_format",
+            refusals.of_quantlab,
+            engines.of_quantlab,
+        ),
+    )
 }
 """Every format by its name."""

@@ -9,13 +9,15 @@ import html
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 
 import quantlab
+from quantlab.export.engines import Engine
 from quantlab.records import Record
-from quantlab.schemes import Scheme, TensorSpec, WeightFormat
+from quantlab.schemes import METHODS, TRANSFORMS, Scheme, TensorSpec, WeightFormat
 
 __all__ = ["CardFacts", "matching_scores", "model_card"]
 
@@ -50,19 +52,29 @@ class CardFacts:
     average_storage_bits: float
     weights_bytes: int
     tied_embeddings: bool
-    engines: str
-    """Who loads the format, and who runs it fast."""
+    engines: Sequence[Engine]
+    """Who loads the folder, and how it runs there."""
     wider: Sequence[str] = ()
     """Tensors that the stored dtype would round, stored in their own."""
+    notes: tuple[str, ...] = ()
+    """What methods and transforms did otherwise than asked, or untied."""
 
 
 def matching_scores(
-    records: Sequence[Record], content_hash: str, scheme: Scheme, skip: Sequence[str] = ()
+    records: Sequence[Record],
+    content_hash: str,
+    scheme: Scheme,
+    skip: Sequence[str] = (),
+    made_by: Mapping[str, Any] = MappingProxyType({}),
 ) -> Scores:
-    """Of each task the largest evaluation that was made of exactly these weights."""
+    """Of each task the largest evaluation that was made of exactly these weights.
+
+    Args:
+        made_by: what a record says of calibration, method, transforms and widths, where the scheme has them.
+    """
     best: dict[str, tuple[Record, Mapping[str, Any]]] = {}
     for record in sorted(records, key=lambda record: record.key):
-        if record.kind != "evaluation" or not _is_of(record.made_by, content_hash, scheme, skip):
+        if record.kind != "evaluation" or not _is_of(record.made_by, content_hash, scheme, skip, made_by):
             continue
         for task, size in _SIZES.items():
             summary = record.result.get(task)
@@ -71,13 +83,24 @@ def matching_scores(
     return best
 
 
-def _is_of(made_by: Mapping[str, Any], content_hash: str, scheme: Scheme, skip: Sequence[str]) -> bool:
-    skipped = made_by.get("quantize", {}).get("skip", ())
+def _is_of(
+    recorded: Mapping[str, Any],
+    content_hash: str,
+    scheme: Scheme,
+    skip: Sequence[str],
+    made_by: Mapping[str, Any],
+) -> bool:
+    skipped = recorded.get("quantize", {}).get("skip", ())
     return (
-        made_by.get("checkpoint", {}).get("content_hash") == content_hash
-        and made_by.get("scheme") == scheme.name
+        recorded.get("checkpoint", {}).get("content_hash") == content_hash
+        and recorded.get("scheme") == scheme.name
         and sorted(skipped) == sorted(skip)
+        and all(recorded.get(name) == made_by.get(name) for name in _MAKES_CODES)
     )
+
+
+_MAKES_CODES = ("calibration", "method", "transforms", "widths")
+"""Entries of a record's `made_by` that codes depend on."""
 
 
 def model_card(facts: CardFacts, scores: Scores) -> str:
@@ -90,11 +113,24 @@ def model_card(facts: CardFacts, scores: Scores) -> str:
         *_warnings(facts),
         "## Scores\n\n" + _scores_text(scores, facts.stored_dtype),
         "## Loading\n\n" + _LOADING,
-        "## Engines\n\n" + facts.engines,
+        "## Engines\n\n" + engines_table(facts.engines),
         "`MANIFEST.json` holds the sha256 and size of every file; `recipe.json` says how the weights were made.",
     ]
     return f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n"
 
+
+def engines_table(engines: Sequence[Engine]) -> str:
+    """The engine matrix, as a table of Markdown."""
+    rows = [(engine.name, _LOADS[engine.loads], _SPEED[engine.speed], engine.note) for engine in engines]
+    return _table(("engine", "loads", "low bits there", ""), rows)
+
+
+_LOADS = {"here": "yes", "elsewhere": "should, by the format's documentation", "no": "no"}
+_SPEED = {
+    "faster": "faster where it has a kernel",
+    "smaller": "smaller files only",
+    "simulated": "simulated in floats",
+}
 
 _LOADING = """Needs the packages `transformers` and `compressed-tensors`.
 
@@ -152,7 +188,13 @@ def _model_index_entry(task: str, record: Record, summary: Mapping[str, Any]) ->
 def _facts_rows(facts: CardFacts) -> list[tuple[str, str]]:
     scheme = facts.scheme
     return [
-        ("scheme", f"`{scheme.name}`, round to nearest"),
+        ("scheme", f"`{scheme.name}`"),
+        ("codes chosen by", METHODS[scheme.method].summary),
+        *(
+            [("transforms", "; ".join(TRANSFORMS[name].summary for name in scheme.transforms))]
+            if scheme.transforms
+            else []
+        ),
         ("weights", _grid(scheme.weights)),
         ("inputs of linears", _grid(scheme.activations)),
         ("format", f"{facts.format_name}, {facts.layout}"),
@@ -166,6 +208,7 @@ def _facts_rows(facts: CardFacts) -> list[tuple[str, str]]:
         ("scales", facts.stored_dtype),
         ("source", f"{_escaped(facts.base_model)}, {_escaped(facts.source_precision)}"),
         ("source content", f"`{facts.content_hash}`"),
+        *(("note", _escaped(note)) for note in facts.notes),
     ]
 
 

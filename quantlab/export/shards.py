@@ -5,10 +5,11 @@ sizes alone and each part is built when its shard is written.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -63,8 +64,10 @@ class Layout:
     """Name of the layout within the format."""
     num_codes: int
     """Weights that are stored in low bits."""
-    engines: str
-    """Who loads it and who runs it fast: honest sentences for the model card."""
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Further JSON files of the folder, by name."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What goes into the headers of the weight files besides `format: pt`."""
 
     @property
     def average_storage_bits(self) -> float:
@@ -73,13 +76,18 @@ class Layout:
 
 
 def write_shards(
-    folder: Path, parts: Sequence[Part], max_shard_size: int, advance: Callable[[int], object]
+    folder: Path,
+    parts: Sequence[Part],
+    max_shard_size: int,
+    advance: Callable[[int], object],
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
     """Write the parts as `model.safetensors`, or as numbered shards with an index when they exceed max_shard_size.
 
     Args:
         max_shard_size: bytes of a shard; a part that exceeds it by itself gets a shard of its own.
         advance: called with the number of linears written since the last call.
+        metadata: goes into the header of every file.
 
     Returns:
         Bytes of all weight files.
@@ -87,7 +95,7 @@ def write_shards(
     shards = list(_fill(parts, max_shard_size))
     names = _file_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
-        _write_shard(folder / name, shard, advance)
+        _write_shard(folder / name, shard, advance, metadata)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(part.num_bytes for part in parts)},
@@ -123,11 +131,13 @@ def _file_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def _write_shard(path: Path, shard: Sequence[Part], advance: Callable[[int], object]) -> None:
+def _write_shard(
+    path: Path, shard: Sequence[Part], advance: Callable[[int], object], metadata: Mapping[str, str]
+) -> None:
     tensors: dict[str, Tensor] = {}
     for part in shard:
         built = part.build()
         assert {name: TensorType(t.dtype, tuple(t.shape)) for name, t in built.items()} == part.tensors
         tensors |= built
         advance(part.num_linears)
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file(tensors, path, metadata={"format": "pt", **metadata})

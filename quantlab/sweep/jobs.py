@@ -102,7 +102,7 @@ def _source(checkpoint: CheckpointConfig, info: CheckpointInfo) -> dict[str, Any
     }
 
 
-def _of_weights(scheme: Scheme, config: RunConfig, data: Mapping[str, str]) -> dict[str, Any]:
+def made_of_weights(scheme: Scheme, config: RunConfig, data: Mapping[str, str]) -> dict[str, Any]:
     """What made codes and ranges beyond the scheme's name; only what the scheme has."""
     made: dict[str, Any] = {}
     methods = config.quantize.methods
@@ -135,7 +135,7 @@ def _of_evaluation(
     assert config.evaluation is not None
     tasks = {task: getattr(config.evaluation, task) for task in config.evaluation.tasks}
     scheme = Scheme.parse(cell.scheme)
-    return _of_weights(scheme, config, data) | {
+    return made_of_weights(scheme, config, data) | {
         "scheme": cell.scheme,
         "quantize": {
             "skip": sorted(config.quantize.skip),

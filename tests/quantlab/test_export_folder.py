@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from quantlab.config import CheckpointConfig
+from quantlab.config import CheckpointConfig, QuantizeConfig
 from quantlab.errors import CheckpointError, OutputError, SchemeError
 from quantlab.export import atomic, shards
 from quantlab.export.folder import ExportSummary, export_checkpoint
@@ -31,8 +32,13 @@ def toy(toy_folder: Path) -> Checkpoint:
     return loaded(toy_folder)
 
 
-def export(checkpoint: Checkpoint, out: Path, scheme: str = "w4g32", **options: Any) -> ExportSummary:
-    return export_checkpoint(checkpoint, Scheme.parse(scheme), "compressed-tensors", out, **options)
+def export(
+    checkpoint: Checkpoint, out: Path, scheme: str = "w4g32", skip: Sequence[str] = (), **options: Any
+) -> ExportSummary:
+    config = QuantizeConfig(skip=tuple(skip))
+    return export_checkpoint(
+        checkpoint, Scheme.parse(scheme), "compressed-tensors", out, config=config, **options
+    )
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -119,7 +125,7 @@ def test_skipped_linears_keep_their_values_and_are_ignored_by_name(toy: Checkpoi
     for name in config["ignore"]:
         assert torch.equal(tensors[f"{name}.weight"], toy.model.get_submodule(name).weight)
     recipe = json.loads((tmp_path / "out/recipe.json").read_text())
-    assert recipe["skip"] == ["*.layers.0.*", "*.down_proj", "lm_head"]
+    assert recipe["quantize"]["skip"] == ["*.layers.0.*", "*.down_proj", "lm_head"]
 
 
 def test_nothing_to_quantize_is_an_error(toy: Checkpoint, tmp_path: Path) -> None:

@@ -9,7 +9,21 @@ from quantlab.errors import ConfigError, SchemeError
 from quantlab.export.formats import FORMATS, find_format
 from quantlab.schemes import Scheme
 
-HELD = ["w2", "w3g32", "w4", "w4g64", "w5", "w6g64", "w7g16", "w8", "w8g128", "w8a8"]
+HELD = [
+    "w2",
+    "w3g32",
+    "w4",
+    "w4g64",
+    "w5",
+    "w6g64",
+    "w7g16",
+    "w8",
+    "w8g128",
+    "w8a8",
+    "w4g64-gptq",
+    "w3g64-awq-smooth",
+    "fp8",
+]
 REFUSED = {
     "w16": "leaves the weights at 16 bits",
     "a8": "leaves the weights at 16 bits",
@@ -17,8 +31,9 @@ REFUSED = {
     "p8t": "carries no quantized attention",
     "w4kv8": "attention, cache or hidden states",
     "nf4": "its weights are nf4",
-    "w4g64-gptq": "rounded to nearest",
-    "w4-rotate": "rounded to nearest",
+    "w4-rotate": "rotate turns inputs as they arrive",
+    "w4g64-gptq-bias": "no bias",
+    "w4g64-mixed": "one width for all linears",
     "w4g32z": "packed zero points",
     "w4t": "per channel or per group",
     "w4a8": "8-bit activations go with 8-bit weights",

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from quantlab.export.engines import Engine
 from quantlab.export.model_card import CardFacts, matching_scores, model_card
 from quantlab.records import Record
 from quantlab.schemes import Scheme
@@ -27,7 +28,7 @@ FACTS = CardFacts(
     average_storage_bits=4.5,
     weights_bytes=123_456,
     tied_embeddings=True,
-    engines="vLLM runs it.",
+    engines=(Engine("vLLM", "elsewhere", "faster", "Integer products."),),
 )
 HELLASWAG = {
     "n": 64,

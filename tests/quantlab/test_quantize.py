@@ -20,6 +20,7 @@ from quantlab.layers.fake_quant import FakeQuant
 from quantlab.layers.linear import QuantLinear
 from quantlab.quantize import Changes, quantize_, quantized
 from quantlab.schemes import Scheme
+from tests.exporting import toy_job
 from tests.toys import toy_model
 
 LINEARS = {"llama": 14, "gpt2": 8, "gpt_neox": 8, "diffllama": 14}
@@ -234,10 +235,10 @@ def test_scales_count_as_they_are_stored(dtype: torch.dtype) -> None:
     """As an export weighs them, which adds 128 bits of shape to a linear."""
     scheme, names = Scheme.parse("w4g32"), [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
     model = toy_model("llama")
-    written = layout(model, scheme, names, dtype)
-    with quantized(
-        model, scheme, QuantizeConfig(skip=("*.mlp.*", "*.k_proj", "*.v_proj", "*.o_proj")), scale_dtype=dtype
-    ) as changes:
+    config = QuantizeConfig(skip=("*.mlp.*", "*.k_proj", "*.v_proj", "*.o_proj"))
+    with toy_job(model, scheme.name, dtype, config) as job:
+        written = layout(job)
+    with quantized(model, scheme, config, scale_dtype=dtype) as changes:
         stored = sum(row.storage_bits for row in changes.rows if row.name in names)
     assert stored == 2 * 64 * 64 * (4 + 8 * dtype.itemsize / 32)
     assert stored + 2 * 128 == written.average_storage_bits * written.num_codes

@@ -1,0 +1,140 @@
+"""What each format cannot hold of a scheme, in words; None where it holds all of it. Needs no torch."""
+
+from quantlab.schemes import Scheme, TensorSpec
+
+__all__ = [
+    "of_awq",
+    "of_bitsandbytes",
+    "of_compressed_tensors",
+    "of_gguf",
+    "of_gptq",
+    "of_quantlab",
+    "of_quanto",
+    "of_torchao",
+]
+
+GGUF_TYPES = ("q8_0", "q6_k", "q5_k", "q5_0", "q5_1", "q4_k", "q4_0", "q4_1", "q3_k")
+"""Weight formats whose blocks are ggml's."""
+BITSANDBYTES = ("nf4", "fp4", "nf4_dq", "fp4_dq", "llm_int8")
+"""Weight formats whose codes are bitsandbytes'."""
+ONLINE = ("rotate", "spin")
+"""Transforms that leave work for the model's forward pass."""
+
+
+def of_compressed_tensors(scheme: Scheme) -> str | None:
+    """pack-quantized (weights only), int-quantized (w8a8) and float-quantized (fp8)."""
+    if reason := _beyond_weights(scheme):
+        return reason
+    if scheme.format == "fp8":
+        return "fp8 goes with 16-bit activations" if scheme.activations is not None else None
+    weights = scheme.weights
+    if not isinstance(weights, TensorSpec):
+        return f"its weights are {scheme.format}"
+    if weights.granularity not in ("channel", "group"):
+        return "weights need a scale per channel or per group"
+    if not weights.symmetric:
+        return "transformers does not load this format's packed zero points"
+    if scheme.activations is None:
+        return None
+    activations = scheme.activations
+    if (activations.bits, activations.granularity, activations.symmetric) != (8, "row", True):
+        return "activations go with it at 8 bits, symmetric, with a dynamic scale per token"
+    if (weights.bits, weights.granularity) != (8, "channel"):
+        return "8-bit activations go with 8-bit weights and a scale per channel"
+    return None
+
+
+def of_gptq(scheme: Scheme) -> str | None:
+    """2, 3, 4 or 8 bits, in groups or per channel, with or without whole zero points."""
+    if reason := _beyond_weights(scheme) or _not_on_a_grid(scheme, (2, 3, 4, 8)):
+        return reason
+    return "its zero points are real numbers, and the format's are whole" if scheme.method == "hqq" else None
+
+
+def of_awq(scheme: Scheme) -> str | None:
+    """4 bits in groups, the GEMM layout."""
+    if reason := _beyond_weights(scheme) or _not_on_a_grid(scheme, (4,)):
+        return reason
+    assert isinstance(scheme.weights, TensorSpec)
+    if scheme.weights.granularity != "group":
+        return "weights need a scale per group"
+    return "its zero points are real numbers, and the format's are whole" if scheme.method == "hqq" else None
+
+
+def of_bitsandbytes(scheme: Scheme) -> str | None:
+    """Its own arithmetics by name."""
+    return _beyond_weights(scheme) or _not_by_name(scheme, BITSANDBYTES)
+
+
+def of_gguf(scheme: Scheme) -> str | None:
+    """ggml's block types by name."""
+    return _beyond_weights(scheme) or _not_by_name(scheme, GGUF_TYPES)
+
+
+def of_torchao(scheme: Scheme) -> str | None:
+    """Weights alone: 8 bits per channel, 4 bits per channel or group."""
+    if reason := _beyond_weights(scheme) or _not_on_a_grid(scheme, (4, 8)):
+        return reason
+    assert isinstance(scheme.weights, TensorSpec)
+    return None if scheme.weights.symmetric else "weights need a symmetric grid"
+
+
+def of_quanto(scheme: Scheme) -> str | None:
+    """Weights alone: 8 bits per channel, 4 and 2 bits in groups with zero points."""
+    if reason := _beyond_weights(scheme) or _not_on_a_grid(scheme, (2, 4, 8)):
+        return reason
+    assert isinstance(scheme.weights, TensorSpec)
+    if scheme.weights.bits == 8 and (scheme.weights.granularity, scheme.weights.symmetric) != (
+        "channel",
+        True,
+    ):
+        return "8-bit weights need a symmetric grid with a scale per channel"
+    return None
+
+
+def of_quantlab(scheme: Scheme) -> str | None:
+    """Everything that has codes of weights."""
+    if scheme.mixed or scheme.weights is not None:
+        return None
+    return "it leaves the weights at 16 bits"
+
+
+def _beyond_weights(scheme: Scheme) -> str | None:
+    """Reasons that hold for every format of other engines."""
+    if scheme.sites or scheme.head_sites or scheme.lambdas or scheme.hidden:
+        return "a folder of weights carries no quantized attention, cache or hidden states"
+    if scheme.weights is None:
+        return "it leaves the weights at 16 bits"
+    if online := [name for name in scheme.transforms if name in ONLINE]:
+        return f"{online[0]} turns inputs as they arrive, which its engines do not"
+    if "bias" in scheme.transforms:
+        return "its engines give these linears no bias"
+    if scheme.mixed:
+        return "its engines take one width for all linears"
+    return None
+
+
+def _not_on_a_grid(scheme: Scheme, bits: tuple[int, ...]) -> str | None:
+    """Weights alone, on a uniform grid of one of these widths, per channel or group."""
+    weights = scheme.weights
+    if scheme.activations is not None:
+        return "it holds weights alone, and the scheme quantizes inputs of linears too"
+    if not isinstance(weights, TensorSpec):
+        return f"its weights are {scheme.format}"
+    if weights.bits not in bits:
+        return f"weights need {_listed([str(each) for each in bits])} bits"
+    return (
+        None
+        if weights.granularity in ("channel", "group")
+        else "weights need a scale per channel or per group"
+    )
+
+
+def _not_by_name(scheme: Scheme, names: tuple[str, ...]) -> str | None:
+    if scheme.format not in names:
+        return "it holds formats with an arithmetic of their own"
+    return "it holds weights alone" if scheme.activations is not None else None
+
+
+def _listed(words: list[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
