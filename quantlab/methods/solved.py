@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 from quantlab.numerics.affine import QuantizedTensor
+from quantlab.numerics.block import BlockTensor
 from quantlab.numerics.codebook import CodebookTensor
 
 __all__ = ["Quantized", "Solved"]
 
-Quantized = QuantizedTensor | CodebookTensor
-"""Codes and what they stand for: both have `dequantize()` [O, I] and `storage_bits(scale_bits)`."""
+Quantized = QuantizedTensor | CodebookTensor | BlockTensor
+"""Codes and what they stand for: all have `dequantize()` [O, I] and `storage_bits(scale_bits)`."""
 
 
 @dataclass(frozen=True)

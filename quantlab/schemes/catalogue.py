@@ -97,16 +97,36 @@ WEIGHT_FORMATS: Mapping[str, WeightFormat] = {
         WeightFormat("mxfp6e3m2", 6, 32),
         WeightFormat("nvfp4", 4, 16),
         WeightFormat("llm_int8", 8),
+        WeightFormat("q8_0", 8, 32),
+        WeightFormat("q6_k", 6, 32),
+        WeightFormat("q5_k", 5, 32),
+        WeightFormat("q5_1", 5, 32),
+        WeightFormat("q5_0", 5, 32),
+        WeightFormat("q4_k", 4, 32),
+        WeightFormat("q4_1", 4, 32),
+        WeightFormat("q4_0", 4, 32),
+        WeightFormat("q3_k", 3, 32),
     )
 }
 """Formats that are schemes of weights by name."""
 
+_GGUF_TYPES = {
+    "q8_0": "8 bits, a float16 scale per 32 inputs",
+    "q6_k": "6 bits, an 8-bit scale per 16 inputs, 256 to a float16 scale of scales",
+    "q5_k": "5 bits, 6-bit scale and minimum per 32 inputs, 256 to a pair of float16 scales of them",
+    "q5_1": "5 bits, float16 scale and minimum per 32 inputs",
+    "q5_0": "5 bits, a float16 scale per 32 inputs",
+    "q4_k": "4 bits, 6-bit scale and minimum per 32 inputs, 256 to a pair of float16 scales of them",
+    "q4_1": "4 bits, float16 scale and minimum per 32 inputs",
+    "q4_0": "4 bits, a float16 scale per 32 inputs",
+    "q3_k": "3 bits, a 6-bit scale per 16 inputs, 256 to a float16 scale of scales",
+}
+_FALLBACKS = {"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0", "q3_k": "q4_0"}
+"""What llama.cpp, and so quantlab, stores of a K type where 256 does not divide the inputs."""
+
 MIXED = "mixed"
 """The last word of a name: bits of some linears come from `quantize.widths`."""
-FORMATS_TO_COME = (
-    *("q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "q5_0", "q5_1", "q4_0", "q4_1"),
-    "mxfp8",
-)
+FORMATS_TO_COME = ("q2_k", "mxfp8")
 """Formats that are known and refused."""
 
 
@@ -123,5 +143,9 @@ def explained() -> dict[str, str]:
 
 
 def _of_format(form: WeightFormat) -> str:
+    if form.name in _GGUF_TYPES:
+        instead = _FALLBACKS.get(form.name)
+        otherwise = f"; {instead} where 256 does not divide the inputs" if instead else ""
+        return f"weights in GGUF's type {form.name}: {_GGUF_TYPES[form.name]}{otherwise}"
     shares = f"{form.group_size} inputs" if form.group_size else "output channel"
     return f"weights in the format {form.name}: {form.bits} bits, one scale per {shares}"

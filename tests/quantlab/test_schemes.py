@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantlab.errors import SchemeError
+from quantlab.methods.formats import FORMATS
 from quantlab.schemes import METHODS, SCHEMES, TRANSFORMS, WEIGHT_FORMATS, Scheme, TensorSpec, check_shapes
+from quantlab.schemes.catalogue import FORMATS_TO_COME, explained
 
 
 def _specs(*granularities: str, static: tuple[str, ...] = ()) -> st.SearchStrategy[TensorSpec | None]:
@@ -160,8 +162,8 @@ def test_other_spellings(text: str, name: str) -> None:
         ("q8k8cs-spin", "ranges from calibration are not theirs"),
         ("w4v8ts-awq", "awq rescales values after their ranges were measured"),
         ("llm_int8-a8", "llm_int8 quantizes the inputs of linears its own way"),
-        ("q6_k", "format 'q6_k' is not available"),
-        ("l6t-Q8_0", "format 'q8_0' is not available"),
+        ("q2_k", "format 'q2_k' is not available"),
+        ("l6t-MXFP8", "format 'mxfp8' is not available"),
         ("nf5", "unknown scheme 'nf5'.*Did you mean 'nf4'"),
         ("w" + "9" * 5000, "unknown scheme 'w9{39}\\.\\.\\.'"),
         ("w4g" + "1" * 5000, "unknown scheme"),
@@ -260,6 +262,27 @@ def test_formats_are_weights() -> None:
         SchemeError, match=r"in_features=96, group_size=64\. Use a scheme without blocks of 64"
     ):
         check_shapes(Scheme.parse("nf4"), linears)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("q8_0", "weights in GGUF's type q8_0: 8 bits, a float16 scale per 32 inputs"),
+        (
+            "q4_k",
+            "weights in GGUF's type q4_k: 4 bits, 6-bit scale and minimum per 32 inputs, 256 to a pair of float16 "
+            "scales of them; q5_0 where 256 does not divide the inputs",
+        ),
+    ],
+)
+def test_types_of_gguf_are_explained(name: str, line: str) -> None:
+    assert explained()[name] == line
+
+
+def test_every_format_of_weights_is_listed_once() -> None:
+    assert set(WEIGHT_FORMATS) <= set(SCHEMES) | set(explained())
+    assert not set(FORMATS_TO_COME) & set(WEIGHT_FORMATS) and not set(SCHEMES) & set(explained())
+    assert set(FORMATS) == set(WEIGHT_FORMATS)
 
 
 def test_the_baseline() -> None:
