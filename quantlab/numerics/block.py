@@ -80,7 +80,7 @@ class BlockTensor:
         """The real matrix [O, I], float32, the bits that ggml gives: each operation is rounded."""
         codes, scale = self.codes.float().view(*self.scale.shape, -1), self.scale.unsqueeze(-1)
         if self.offset is None:
-            return ((codes - 2 ** (self.bits - 1)) * scale).flatten(-2)
+            return ((codes - float(1 << self.bits - 1)) * scale).flatten(-2)
         return (codes * scale + self.offset.unsqueeze(-1)).flatten(-2)
 
     def storage_bits(self, scale_bits: int) -> int:
