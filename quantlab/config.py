@@ -196,8 +196,9 @@ class QuantizeConfig(Section):
 
     skip: tuple[str, ...] = ()
     """Dotted patterns of linears that stay at 16 bits, besides lm_head and embeddings."""
-    kernel: Literal["integer", "simulated"] = "integer"
-    """Weight-activation schemes at 8 bits and below: real integer products, or the float reference."""
+    kernel: Literal["integer", "simulated", "packed"] = "integer"
+    """Weight-activation schemes at 8 bits and below: real integer products, or the float reference. `packed`: weights
+    stay packed in memory and inputs are bfloat16, on a CPU; what it cannot take is refused."""
     widths: dict[str, str] = Field(default_factory=dict)
     """Of schemes that end in `mixed`: dotted pattern of linears -> their weights (`w8`, `w3g64`, `w16`), instead of
     the scheme's own; where several match, the last."""

@@ -30,7 +30,7 @@ from quantlab.calibration.statistics import AttentionStats, LinearStats
 from quantlab.changes import Change, Changes
 from quantlab.config import QuantizeConfig
 from quantlab.errors import CalibrationError, SchemeError
-from quantlab.kernels.choice import check_integers, choose_kernel
+from quantlab.kernels.choice import check_integers, check_packed, choose_kernel
 from quantlab.layers.fake_quant import FakeQuant
 from quantlab.layers.linear import QuantLinear, weight_of
 from quantlab.layers.sites import (
@@ -257,6 +257,14 @@ def _check_linears(model: nn.Module, asked: Asked, chosen: Sequence[Target]) -> 
         if runs == "int8_mm":
             assert isinstance(weights, TensorSpec) and scheme.activations is not None
             check_integers(weights, scheme.activations, shape, device)
+            if asked.config.kernel == "packed" and scheme.method == "hqq":
+                raise SchemeError(
+                    f"packed kernels need integer zero points where inputs are in low bits: those of {scheme.name} are "
+                    "real numbers. Use kernel=integer."
+                )
+        elif runs in ("int4_packed", "int8_packed"):
+            assert isinstance(weights, TensorSpec)
+            check_packed(runs, weights, shape)
 
 
 def _swap_linear(model: nn.Module, target: Target, work: _Work, undo: Undo) -> Change:

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from quantlab.errors import SchemeError
-from quantlab.kernels import integer, llm_int8, reference
+from quantlab.kernels import integer, llm_int8, packed_int4, packed_int8, reference
 from quantlab.kernels.choice import Kernel
 from quantlab.methods.solved import Quantized
 from quantlab.numerics.affine import QuantizedTensor
@@ -13,6 +13,14 @@ from quantlab.numerics.static import Fixed
 from quantlab.schemes import TensorSpec
 
 __all__ = ["QuantLinear", "outlier_columns", "weight_of"]
+
+_Codes = integer.Int8Weight | llm_int8.LlmInt8Weight | packed_int4.Int4Weight | packed_int8.PackedInt8Weight
+"""Weights as the kernels that need no real matrix take them."""
+
+_PACKED: dict[Kernel, type[packed_int4.Int4Weight] | type[packed_int8.PackedInt8Weight]] = {
+    "int4_packed": packed_int4.Int4Weight,
+    "int8_packed": packed_int8.PackedInt8Weight,
+}
 
 
 def weight_of(linear: nn.Module) -> Tensor:
@@ -59,8 +67,11 @@ class QuantLinear(nn.Module):
         `fixed` is the range of inputs whose spec is static, from `numerics.static.static_range`. `bias` [O] stands for
         the linear's own. What a rotated linear does to its inputs first (`before`) is done here too.
 
-        Dequantized weights are rounded to the linear's dtype; integer kernels keep codes and scales instead.
+        Dequantized weights are rounded to the linear's dtype; integer and packed kernels keep codes and scales instead.
         `name` is the place in the model, for messages.
+
+        Raises:
+            SchemeError: a packed kernel cannot take the matrix.
         """
         super().__init__()
         self.kernel, self.inputs, self.name = kernel, inputs, name
@@ -76,7 +87,7 @@ class QuantLinear(nn.Module):
         low, high = fixed or (None, None)
         self.register_buffer("low", low, persistent=False)
         self.register_buffer("high", high, persistent=False)
-        self.codes: integer.Int8Weight | llm_int8.LlmInt8Weight | None = None
+        self.codes: _Codes | None = None
         if kernel == "int8_mm":
             assert isinstance(quantized, QuantizedTensor) and inputs is not None, (
                 "an integer product takes codes on both sides"
@@ -85,6 +96,11 @@ class QuantLinear(nn.Module):
         elif kernel == "llm_int8":
             assert isinstance(quantized, CodebookTensor), "llm_int8 takes its own codes"
             self.codes = llm_int8.LlmInt8Weight(quantized)
+        elif kernel in _PACKED:
+            assert isinstance(quantized, QuantizedTensor) and inputs is None, (
+                "packed kernels take 16-bit inputs"
+            )
+            self.codes = _PACKED[kernel](quantized, name)
         elif quantized is not None:
             weight_OI = quantized.dequantize().to(self.dtype)
         self.register_buffer("real_weight", None if self.codes else weight_OI, persistent=False)
@@ -112,6 +128,10 @@ class QuantLinear(nn.Module):
             )
         if isinstance(self.codes, llm_int8.LlmInt8Weight):
             return llm_int8.linear(x, self.codes, self.bias)
+        if isinstance(self.codes, packed_int4.Int4Weight):
+            return packed_int4.linear(x, self.codes, self.bias)
+        if isinstance(self.codes, packed_int8.PackedInt8Weight):
+            return packed_int8.linear(x, self.codes, self.bias)
         if self.codes is not None and self.inputs is not None:
             return integer.linear(x, self.codes, self.bias, self.inputs, fixed)
         return reference.linear(x, self.weight, self.bias, self.inputs, fixed)
