@@ -110,7 +110,8 @@ def export_checkpoint(
     check_destination(out_dir, overwrite=overwrite, sources=(info.path, *info.files))
     _check_code(model)
     dtype = stored_dtype(model, info.source_precision)
-    with prepared(model, scheme, config, scale_dtype=dtype, calibrator=calibrator) as ready:
+    scale_dtype: torch.dtype = getattr(torch, form.scale_dtype) if form.scale_dtype else dtype
+    with prepared(model, scheme, config, scale_dtype=scale_dtype, calibrator=calibrator) as ready:
         codes = Codes(ready.solve)
         job = ExportJob(
             model,

@@ -33,6 +33,8 @@ class Format:
     """What the format cannot hold of a scheme, or None when it holds all of it."""
     engines: Callable[[Scheme], tuple[Engine, ...]]
     """Who loads a scheme in this format, and how it runs there."""
+    scale_dtype: str | None = None
+    """Dtype of scales where the format fixes it, as torch names it; None: that of everything kept."""
 
     def check(self, scheme: Scheme) -> None:
         """Refuse a scheme that the format cannot express.
@@ -72,19 +74,21 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             "gptq",
-            "weights of 2, 3, 4 or 8 bits per channel or group, zero points too; for gptqmodel, vLLM, auto-gptq",
-            "weights of 2, 3, 4 or 8 bits per channel or group (w4g64-gptq, w3g64z, ...)",
+            "weights of 2 to 8 bits per channel or group, zero points too; for gptqmodel, vLLM, auto-gptq",
+            "weights of 2 to 8 bits per channel or group of 16 to 1024 (w4g64-gptq, w3g64z, w6, ...)",
             "quantlab.export.gptq",
             refusals.of_gptq,
             engines.of_gptq,
+            "float16",
         ),
         Format(
             "awq",
             "weights of 4 bits in groups, the GEMM layout; for gptqmodel, transformers, vLLM",
-            "weights of 4 bits in groups (w4g64z-awq, w4g64, ...)",
+            "weights of 4 bits in groups of 16 to 128 (w4g64z-awq, w4g64, ...)",
             "quantlab.export.awq",
             refusals.of_awq,
             engines.of_awq,
+            "float16",
         ),
         Format(
             "bitsandbytes",

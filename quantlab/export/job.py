@@ -27,7 +27,7 @@ class ExportJob:
     linears: tuple[str, ...]
     """Names of the linears in low bits, in the model's order."""
     dtype: torch.dtype
-    """Of scales and of everything that keeps its precision."""
+    """Of everything that keeps its precision, and of scales where the format fixes no other (`Format.scale_dtype`)."""
     codes: Codes
     max_shard_size: int
     """Bytes of a weight file at most."""

@@ -45,20 +45,19 @@ def of_compressed_tensors(scheme: Scheme) -> str | None:
 
 
 def of_gptq(scheme: Scheme) -> str | None:
-    """2, 3, 4 or 8 bits, in groups or per channel, with or without whole zero points."""
-    if reason := _beyond_weights(scheme) or _not_on_a_grid(scheme, (2, 3, 4, 8)):
+    """2 to 8 bits, per channel or in groups that gptqmodel reads, with or without whole zero points."""
+    if reason := _beyond_weights(scheme) or _not_on_a_grid(scheme, tuple(range(2, 9))):
         return reason
-    return "its zero points are real numbers, and the format's are whole" if scheme.method == "hqq" else None
+    return _groups_beyond(scheme, 1024) or _real_zeros(scheme)
 
 
 def of_awq(scheme: Scheme) -> str | None:
-    """4 bits in groups, the GEMM layout."""
+    """4 bits in groups that gptqmodel reads, the GEMM layout."""
     if reason := _beyond_weights(scheme) or _not_on_a_grid(scheme, (4,)):
         return reason
-    assert isinstance(scheme.weights, TensorSpec)
-    if scheme.weights.granularity != "group":
+    if scheme.weights is not None and scheme.weights.group_size is None:
         return "weights need a scale per group"
-    return "its zero points are real numbers, and the format's are whole" if scheme.method == "hqq" else None
+    return _groups_beyond(scheme, 128) or _real_zeros(scheme)
 
 
 def of_bitsandbytes(scheme: Scheme) -> str | None:
@@ -128,6 +127,20 @@ def _not_on_a_grid(scheme: Scheme, bits: tuple[int, ...]) -> str | None:
         if weights.granularity in ("channel", "group")
         else "weights need a scale per channel or per group"
     )
+
+
+def _groups_beyond(scheme: Scheme, largest: int) -> str | None:
+    """Groups are powers of 2 from 16, as gptqmodel's kernels have them."""
+    assert scheme.weights is not None
+    size = scheme.weights.group_size
+    known = [2**power for power in range(4, largest.bit_length())]
+    if size is None or size in known:
+        return None
+    return f"groups need {_listed([str(each) for each in known])} inputs"
+
+
+def _real_zeros(scheme: Scheme) -> str | None:
+    return "its zero points are real numbers, and the format's are whole" if scheme.method == "hqq" else None
 
 
 def _not_by_name(scheme: Scheme, names: tuple[str, ...]) -> str | None:
