@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-gpu check benchmarks peers clean
+.PHONY: demo test test-slow test-gpu check benchmarks peers readers clean
 
 demo: $(VENV)/installed
 	$(BIN)/quantlab run configs/demo.yaml
@@ -44,6 +44,18 @@ $(PEERS)/installed: benchmarks/peers/requirements.txt benchmarks/peers/requireme
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers/requirements.txt
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/peers/requirements-no-deps.txt
+	touch $@
+
+# Engines that read exported folders and cannot share our environment, each in its own, for `quantlab verify` and the slow
+# tests: gptqmodel with optimum, auto-gptq 0.7.1 (Python 3.11 alone), and llama.cpp, which is compiled (10 minutes).
+READERS := .venv-readers-gptq .venv-readers-autogptq .venv-readers-llamacpp
+readers: $(READERS:%=%/installed)
+
+.venv-readers-%/installed: tests/readers/%.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/readers/$*.txt
+	test ! -f tests/readers/$*-no-deps.txt || \
+	  $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/readers/$*-no-deps.txt
 	touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt
