@@ -53,9 +53,10 @@ def block_bytes(tensor: BlockTensor) -> Bytes:
     """The rows [O, bytes of a row], as a GGUF file holds them."""
     of = BLOCK_TYPES[tensor.kind]
     codes = tensor.codes.cpu().contiguous().numpy().reshape(-1, of.block_size)
-    blocks = np.concatenate(_LAYOUTS[tensor.kind](tensor, codes), axis=1)
+    blocks: Bytes = np.concatenate(_LAYOUTS[tensor.kind](tensor, codes), axis=1)
     assert blocks.shape[1] == of.num_bytes
-    return blocks.reshape(len(tensor.codes), -1)
+    rows: Bytes = blocks.reshape(len(tensor.codes), -1)
+    return rows
 
 
 def _planes(codes: Bytes, runs: int, parts: int) -> Bytes:
@@ -66,7 +67,8 @@ def _planes(codes: Bytes, runs: int, parts: int) -> Bytes:
     bits = 8 // parts
     split = codes.reshape(len(codes), runs, parts, -1) & np.uint8(2**bits - 1)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    return np.bitwise_or.reduce(split << shifts, axis=2).reshape(len(codes), -1)
+    packed: Bytes = np.bitwise_or.reduce(split << shifts, axis=2).reshape(len(codes), -1)
+    return packed
 
 
 def _halves(values: Tensor | None) -> Bytes:
@@ -89,7 +91,7 @@ def _scales_with_minima(tensor: BlockTensor) -> Bytes:
 
 def _signed_scales(tensor: BlockTensor) -> Bytes:
     t = (_integers(tensor.sub_scales, 16) + 32).astype(np.uint8)
-    return np.concatenate([_planes(t, 1, 2), _planes(t >> 4, 1, 4)], axis=1)
+    return np.concatenate([_planes(t, 1, 2), _planes(t >> np.uint8(4), 1, 4)], axis=1)
 
 
 def _q8_0(tensor: BlockTensor, codes: Bytes) -> list[Bytes]:
@@ -104,12 +106,12 @@ def _q4(tensor: BlockTensor, codes: Bytes) -> list[Bytes]:
 
 def _q5(tensor: BlockTensor, codes: Bytes) -> list[Bytes]:
     *head, low = _q4(tensor, codes)
-    return [*head, _planes(codes >> 4, 4, 8), low]
+    return [*head, _planes(codes >> np.uint8(4), 4, 8), low]
 
 
 def _q6_k(tensor: BlockTensor, codes: Bytes) -> list[Bytes]:
     scales = _integers(tensor.sub_scales, 16).astype(np.int8).view(np.uint8)
-    return [_planes(codes, 2, 2), _planes(codes >> 4, 2, 4), scales, _halves(tensor.d)]
+    return [_planes(codes, 2, 2), _planes(codes >> np.uint8(4), 2, 4), scales, _halves(tensor.d)]
 
 
 def _q4_k(tensor: BlockTensor, codes: Bytes) -> list[Bytes]:
@@ -119,11 +121,16 @@ def _q4_k(tensor: BlockTensor, codes: Bytes) -> list[Bytes]:
 
 def _q5_k(tensor: BlockTensor, codes: Bytes) -> list[Bytes]:
     *head, low = _q4_k(tensor, codes)
-    return [*head, _planes(codes >> 4, 1, 8), low]
+    return [*head, _planes(codes >> np.uint8(4), 1, 8), low]
 
 
 def _q3_k(tensor: BlockTensor, codes: Bytes) -> list[Bytes]:
-    return [_planes(codes >> 2, 1, 8), _planes(codes, 2, 4), _signed_scales(tensor), _halves(tensor.d)]
+    return [
+        _planes(codes >> np.uint8(2), 1, 8),
+        _planes(codes, 2, 4),
+        _signed_scales(tensor),
+        _halves(tensor.d),
+    ]
 
 
 _LAYOUTS: dict[str, Callable[[BlockTensor, Bytes], list[Bytes]]] = {

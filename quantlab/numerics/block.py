@@ -74,7 +74,8 @@ class BlockTensor:
         """[O, G] float32, what is added to code * scale; None where codes are centred on 2^(bits-1) instead."""
         if self.dmin is None:
             return None
-        return _scaled(self.dmin, None if self.sub_mins is None else -self.sub_mins)
+        minimum = _scaled(self.dmin, self.sub_mins)
+        return minimum if self.sub_mins is None else -minimum
 
     def dequantize(self) -> Tensor:
         """The real matrix [O, I], float32, the bits that ggml gives: each operation is rounded."""

@@ -99,8 +99,7 @@ def _six_bits(blocks: Bytes) -> tuple[Floats, Floats | None]:
         s[:, g], m[:, g] = field[:, g] % 64, field[:, 4 + g] % 64
         s[:, 4 + g] = field[:, 8 + g] % 16 + field[:, g] // 64 * 16
         m[:, 4 + g] = field[:, 8 + g] // 16 + field[:, 4 + g] // 64 * 16
-    # 0 - m, not -m: a minimum of nothing is +0.
-    return _half(blocks, 0) * s, _half(blocks, 2) * (0 - m)
+    return _half(blocks, 0) * s, -(_half(blocks, 2) * m)
 
 
 def _eight_bits(blocks: Bytes) -> tuple[Floats, Floats | None]:
