@@ -17,6 +17,16 @@ A linear keeps its bias; its `weight` is replaced as follows. All integers are l
     weight          int8 [O, I], the codes.
     weight_scale    [O, 1] in the stored dtype.
 
+`float-quantized`, 8-bit floats per channel (fp8), activations untouched:
+
+    weight          float8_e4m3fn [O, I]: the code is the float's own byte.
+    weight_scale    [O, 1] in the stored dtype.
+
+With any of these, a cache of 8 bits whose scales come from calibration (kv8ts), one pair for each attention layer:
+
+    self_attn.k_scale, self_attn.v_scale    [1] float32: absmax / 127 of keys, after rotary embedding,
+                                            and of values.
+
 A reader's weight is code * scale, computed in the dtype of the scale: the dtype that the model is loaded in. Scales
 are rounded to the stored dtype before the codes are chosen. compressed-tensors also defines packed zero points;
 transformers 5.23 with compressed-tensors 0.20 refuses to load them (it expects them unpacked), so they are not
@@ -41,6 +51,8 @@ from quantlab.export.shards import Layout, Part, TensorType
 from quantlab.methods.solved import Quantized
 from quantlab.numerics.affine import QuantizedTensor
 from quantlab.numerics.packing import pack
+from quantlab.numerics.qtype import QType
+from quantlab.numerics.static import static_range
 from quantlab.schemes import Scheme, TensorSpec
 
 __all__ = ["layout", "pack_rows"]
@@ -56,15 +68,14 @@ def layout(job: ExportJob) -> Layout:
         SchemeError: a linear is not nn.Linear itself, which is all that the format's readers handle, or two of them
             share one weight, which readers could not tie again.
     """
-    scheme, spec = job.scheme, job.scheme.weights
-    assert isinstance(spec, TensorSpec), "the format's check lets no other weights through"
     linears = {name: _linear(job.model, name) for name in job.linears}
     _check_separate(linears)
     return Layout(
-        linears={name: _part(job, name, linear, spec) for name, linear in linears.items()},
-        quantization_config=_quantization_config(scheme, _ignored(job.model, job.linears)),
-        name=_layout_name(scheme),
+        linears={name: _part(job, name, linear) for name, linear in linears.items()},
+        quantization_config=_quantization_config(job.scheme, _ignored(job.model, job.linears)),
+        name=_layout_name(job.scheme),
         num_codes=sum(linear.weight.numel() for linear in linears.values()),
+        extra=_cache_scales(job),
     )
 
 
@@ -102,33 +113,56 @@ def _check_separate(linears: Mapping[str, nn.Linear]) -> None:
             )
 
 
-def _part(job: ExportJob, name: str, linear: nn.Linear, spec: TensorSpec) -> Part:
+def _part(job: ExportJob, name: str, linear: nn.Linear) -> Part:
     """The tensors that stand for a linear's weight; they are computed when the part is built."""
     rows, width = linear.weight.shape
-    packed = job.scheme.activations is None
-    scale = TensorType(job.dtype, (rows, width // (spec.group_size or width)))
-    if not packed:
-        tensors = {"weight": TensorType(torch.int8, (rows, width)), "weight_scale": scale}
+    spec, kind = job.scheme.weights, _layout_name(job.scheme)
+    assert spec is not None, "the format's check lets no other weights through"
+    tensors = {"weight_scale": TensorType(job.dtype, (rows, width // (spec.group_size or width)))}
+    if kind == "pack-quantized":
+        tensors["weight_packed"] = TensorType(torch.int32, (rows, ceil(width * spec.bits / 32)))
+        tensors["weight_shape"] = TensorType(torch.int64, (2,))
     else:
-        words = TensorType(torch.int32, (rows, ceil(width * spec.bits / 32)))
-        shape = TensorType(torch.int64, (2,))
-        tensors = {"weight_packed": words, "weight_scale": scale, "weight_shape": shape}
-    return Part(tensors, lambda: _tensors(job.codes(name), job.dtype, packed=packed), num_linears=1)
+        dtype = torch.int8 if kind == "int-quantized" else torch.float8_e4m3fn
+        tensors["weight"] = TensorType(dtype, (rows, width))
+    return Part(tensors, lambda: _tensors(job.codes(name), job.dtype, kind), num_linears=1)
 
 
-def _tensors(quantized: Quantized, dtype: torch.dtype, *, packed: bool) -> dict[str, Tensor]:
-    assert isinstance(quantized, QuantizedTensor) and quantized.zero_point is None
-    bits, codes = quantized.qtype.bits, quantized.codes.cpu()
-    scale = quantized.scale.to("cpu", dtype).contiguous()
+def _tensors(quantized: Quantized, dtype: torch.dtype, kind: str) -> dict[str, Tensor]:
+    codes, scale = quantized.codes.cpu().contiguous(), quantized.scale.to("cpu", dtype).contiguous()
     assert torch.equal(scale.float(), quantized.scale.float().cpu()), (
         "scales must fit the stored dtype exactly"
     )
-    if not packed:
-        return {"weight": codes.contiguous(), "weight_scale": scale}
+    if kind == "float-quantized":
+        return {"weight": codes.view(torch.float8_e4m3fn), "weight_scale": scale}
+    assert isinstance(quantized, QuantizedTensor) and quantized.zero_point is None
+    if kind == "int-quantized":
+        return {"weight": codes, "weight_scale": scale}
+    bits = quantized.qtype.bits
     # uint8 wraps around: -2^(b-1) + 2^(b-1) is 0.
     unsigned = codes.view(torch.uint8) + 2 ** (bits - 1)
     shape = torch.tensor(codes.shape, dtype=torch.int64)
     return {"weight_packed": pack_rows(unsigned, bits), "weight_scale": scale, "weight_shape": shape}
+
+
+def _cache_scales(job: ExportJob) -> list[Part]:
+    """Scales of keys and values of every attention layer, where the scheme quantizes the cache."""
+    spec = job.scheme.cache
+    if spec is None:
+        return []
+    steps = QType.of_activations(spec).qmax
+    scales = {
+        f"{name}.{kind}_scale": (static_range(spec, ranges.minimum_HC, ranges.maximum_HC)[1] / steps).reshape(
+            1
+        )
+        for name, stats in job.ready.attention.items()
+        for kind, ranges in (("k", stats.key), ("v", stats.value))
+    }
+    return [_scalar(name, scale.cpu()) for name, scale in scales.items()]
+
+
+def _scalar(name: str, value: Tensor) -> Part:
+    return Part({name: TensorType(value.dtype, tuple(value.shape))}, lambda: {name: value})
 
 
 def _ignored(model: nn.Module, swapped: Sequence[str]) -> list[str]:
@@ -138,19 +172,20 @@ def _ignored(model: nn.Module, swapped: Sequence[str]) -> list[str]:
 
 
 def _layout_name(scheme: Scheme) -> str:
+    if scheme.format == "fp8":
+        return "float-quantized"
     return "pack-quantized" if scheme.activations is None else "int-quantized"
 
 
 def _quantization_config(scheme: Scheme, ignored: Sequence[str]) -> dict[str, Any]:
-    assert isinstance(scheme.weights, TensorSpec)
-    name = _layout_name(scheme)
+    name, weights, inputs = _layout_name(scheme), scheme.weights, scheme.activations
+    on_grid = TensorSpec(8, "channel") if not isinstance(weights, TensorSpec) else weights
+    kind = "float" if name == "float-quantized" else "int"
     group = {
         "targets": ["Linear"],
         "format": name,
-        "weights": _arguments(scheme.weights, dynamic=False),
-        "input_activations": None
-        if scheme.activations is None
-        else _arguments(scheme.activations, dynamic=True),
+        "weights": _arguments(on_grid, dynamic=False) | {"type": kind},
+        "input_activations": None if inputs is None else _arguments(inputs, dynamic=True),
         "output_activations": None,
     }
     return {
@@ -160,12 +195,12 @@ def _quantization_config(scheme: Scheme, ignored: Sequence[str]) -> dict[str, An
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": list(ignored),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if scheme.cache is None else _arguments(scheme.cache, dynamic=False),
         "global_compression_ratio": None,
     }
 
 
-_STRATEGIES: Mapping[str, str] = {"channel": "channel", "group": "group", "row": "token"}
+_STRATEGIES: Mapping[str, str] = {"channel": "channel", "group": "group", "row": "token", "tensor": "tensor"}
 
 
 def _arguments(spec: TensorSpec, *, dynamic: bool) -> dict[str, Any]:

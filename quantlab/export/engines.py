@@ -1,4 +1,4 @@
-"""Which engines load a scheme in a format, and how it runs there: the engine matrix of cards and certificates. No torch.
+"""Which engines load a scheme in a format, and how it runs there: the matrix of cards and certificates. No torch.
 
 `here` are engines that `quantlab verify` starts; what it finds replaces what is said here. `elsewhere` are engines that
 read the format by its documentation and were not run.

@@ -12,7 +12,7 @@ MANIFEST.json                     sha256 and size of every file above, digests o
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -24,15 +24,16 @@ from transformers import PreTrainedModel
 import quantlab
 from quantlab.config import QuantizeConfig
 from quantlab.errors import CheckpointError
+from quantlab.export.architecture import known_to_engines
 from quantlab.export.atomic import check_destination, new_folder
 from quantlab.export.codes import Codes
 from quantlab.export.formats import Format, find_format
 from quantlab.export.job import ExportJob
 from quantlab.export.model_card import CardFacts, Scores, matching_scores, model_card
-from quantlab.export.shards import Layout, write_shards
+from quantlab.export.shards import DEFAULT_SHARD_SIZE, Layout, write_shards
 from quantlab.export.tensors import dtype_name, model_parts, stored_dtype, tied_names
 from quantlab.inspection.checkpoint import content_hash
-from quantlab.quantize import Prepared, prepared
+from quantlab.quantize import prepared
 from quantlab.records import Record
 from quantlab.schemes import Scheme
 
@@ -40,10 +41,7 @@ if TYPE_CHECKING:
     from quantlab.calibration.calibrator import Calibrator
     from quantlab.models.loading import Checkpoint
 
-__all__ = ["DEFAULT_SHARD_SIZE", "ExportSummary", "export_checkpoint"]
-
-DEFAULT_SHARD_SIZE = 5_000_000_000
-"""Bytes of a weight file, as the hub expects them at most."""
+__all__ = ["ExportSummary", "export_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -106,12 +104,18 @@ def export_checkpoint(
     """
     form = find_format(format_name)
     form.check(scheme)
-    model, info = checkpoint.model, checkpoint.info
+    info = checkpoint.info
     check_destination(out_dir, overwrite=overwrite, sources=(info.path, *info.files))
-    _check_code(model)
-    dtype = stored_dtype(model, info.source_precision)
+    _check_code(checkpoint.model)
+    dtype = stored_dtype(checkpoint.model, info.source_precision)
+    known, converted = known_to_engines(checkpoint, form.name)
+    model = known.model
+    if calibrator is not None and converted:
+        # Statistics on disk are of the model as it was.
+        calibrator = replace(calibrator, folder=None)
     scale_dtype: torch.dtype = getattr(torch, form.scale_dtype) if form.scale_dtype else dtype
-    with prepared(model, scheme, config, scale_dtype=scale_dtype, calibrator=calibrator) as ready:
+    with prepared(model, scheme, config, scale_dtype=scale_dtype, calibrator=calibrator) as found:
+        ready = replace(found, notes=(*converted, *found.notes))
         codes = Codes(ready.solve)
         job = ExportJob(
             model,
@@ -126,7 +130,9 @@ def export_checkpoint(
             ready,
         )
         digest = content_hash(info)
-        scores = matching_scores(records, digest, scheme, config.skip, made_by)
+        # Gains that were folded change codes of o_proj: scores of the model as it was are not of these.
+        own = () if converted and info.variant != "standard" else records
+        scores = matching_scores(own, digest, scheme, config.skip, made_by)
         return _write(job, form, out_dir, config, made_by, digest, scores, overwrite=overwrite)
 
 

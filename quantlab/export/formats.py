@@ -1,7 +1,7 @@
 """FORMATS: what a checkpoint can be written as, and which schemes and engines each format has. Needs no torch.
 
-Adding a format is a line here, its refusal in `refusals`, its engines in `engines`, and a module beside this one, which is
-imported only when something is written. The module offers
+Adding a format is a line here, its refusal in `refusals`, its engines in `engines`, and a module beside this one, which
+is imported only when something is written. The module offers
 
     layout(job: ExportJob) -> Layout                            where weights are safetensors
     write(job: ExportJob, folder: Path) -> Layout               where they are a file of their own (gguf)
@@ -66,8 +66,8 @@ FORMATS: dict[str, Format] = {
     for form in (
         Format(
             "compressed-tensors",
-            "symmetric weights of 2 to 8 bits per channel or group, fp8, and w8a8; for transformers and vLLM",
-            "symmetric weights of 2 to 8 bits per channel or group (w4, w6g64-gptq, ...), fp8 and w8a8",
+            "symmetric weights of 2 to 8 bits per channel or group, fp8, w8a8, kv8ts; for transformers and vLLM",
+            "symmetric weights of 2 to 8 bits per channel or group (w4, w6g64-gptq, ...), fp8, w8a8; kv8ts too",
             "quantlab.export.compressed_tensors",
             refusals.of_compressed_tensors,
             engines.of_compressed_tensors,

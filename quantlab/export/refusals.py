@@ -1,6 +1,11 @@
 """What each format cannot hold of a scheme, in words; None where it holds all of it. Needs no torch."""
 
+from dataclasses import replace
+
 from quantlab.schemes import Scheme, TensorSpec
+
+_CACHE = TensorSpec(8, "tensor", static=True)
+"""The cache that compressed-tensors has scales for."""
 
 __all__ = [
     "of_awq",
@@ -22,7 +27,9 @@ ONLINE = ("rotate", "spin")
 
 
 def of_compressed_tensors(scheme: Scheme) -> str | None:
-    """pack-quantized (weights only), int-quantized (w8a8) and float-quantized (fp8)."""
+    """pack-quantized (weights only), int-quantized (w8a8) and float-quantized (fp8), and a cache with static scales."""
+    if scheme.cache == _CACHE:
+        scheme = replace(scheme, cache=None)
     if reason := _beyond_weights(scheme):
         return reason
     if scheme.format == "fp8":

@@ -16,7 +16,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["Layout", "Part", "TensorType", "write_shards"]
+__all__ = ["DEFAULT_SHARD_SIZE", "Layout", "Part", "TensorType", "write_shards"]
+
+DEFAULT_SHARD_SIZE = 5_000_000_000
+"""Bytes of a weight file, as the hub expects them at most."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Layout:
     """Name of the layout within the format."""
     num_codes: int
     """Weights that are stored in low bits."""
+    extra: Sequence[Part] = ()
+    """Tensors that belong to no linear, under their full names."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Further JSON files of the folder, by name."""
     metadata: Mapping[str, str] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from quantlab.errors import CheckpointError
 from quantlab.export.shards import Layout, Part, TensorType
 from quantlab.inspection.precision import stored_precision
 
-__all__ = ["dtype_name", "model_parts", "stored_dtype", "tied_names"]
+__all__ = ["dtype_name", "holds", "model_parts", "stored_dtype", "tied_names"]
 
 
 def stored_dtype(model: PreTrainedModel, source_precision: str) -> torch.dtype:
@@ -27,7 +27,7 @@ def stored_dtype(model: PreTrainedModel, source_precision: str) -> torch.dtype:
     if source == loaded:
         return loaded
     tensors = (tensor for tensor in model.state_dict().values() if tensor.is_floating_point())
-    return source if all(_holds(source, tensor) for tensor in tensors) else loaded
+    return source if all(holds(source, tensor) for tensor in tensors) else loaded
 
 
 def model_parts(model: PreTrainedModel, layout: Layout, dtype: torch.dtype) -> Iterator[Part]:
@@ -41,6 +41,7 @@ def model_parts(model: PreTrainedModel, layout: Layout, dtype: torch.dtype) -> I
             yield _renamed(layout.linears[owner], stored.removesuffix("weight"))
         else:
             yield _kept(stored, state[name], dtype)
+    yield from layout.extra
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:
@@ -55,6 +56,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def holds(dtype: torch.dtype, tensor: Tensor) -> bool:
+    """Whether the dtype has every value of the tensor."""
+    return tensor.dtype == dtype or torch.equal(tensor, tensor.to(dtype).to(tensor.dtype))
+
+
 def _renamed(part: Part, prefix: str) -> Part:
     tensors = {prefix + name: tensor for name, tensor in part.tensors.items()}
     return Part(tensors, lambda: {prefix + name: t for name, t in part.build().items()}, part.num_linears)
@@ -62,17 +68,12 @@ def _renamed(part: Part, prefix: str) -> Part:
 
 def _kept(name: str, tensor: Tensor, dtype: torch.dtype) -> Part:
     """A tensor that keeps its values: in the stored dtype where that holds them all, else in its own."""
-    stored = dtype if tensor.is_floating_point() and _holds(dtype, tensor) else tensor.dtype
+    stored = dtype if tensor.is_floating_point() and holds(dtype, tensor) else tensor.dtype
     # A copy, since tensors of a shard may not share memory.
     return Part(
         {name: TensorType(stored, tuple(tensor.shape))},
         lambda: {name: tensor.detach().to("cpu", stored, copy=True).contiguous()},
     )
-
-
-def _holds(dtype: torch.dtype, tensor: Tensor) -> bool:
-    """Whether the dtype has every value of the tensor."""
-    return tensor.dtype == dtype or torch.equal(tensor, tensor.to(dtype).to(tensor.dtype))
 
 
 def _same_memory(first: Tensor, second: Tensor) -> bool:

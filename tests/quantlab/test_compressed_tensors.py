@@ -13,7 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from quantlab.calibration.calibrator import Calibrator
 from quantlab.config import CheckpointConfig, QuantizeConfig
+from quantlab.errors import SchemeError
+from quantlab.export.architecture import known_to_engines
 from quantlab.export.compressed_tensors import pack_rows
 from quantlab.export.folder import export_checkpoint
 from quantlab.methods.rtn import quantize_weight
@@ -24,6 +27,11 @@ from tests.toys import toy_model, toy_tokenizer
 
 SCHEMES = ["w2g32", "w3g32", "w4", "w4g32", "w5", "w6g32", "w7g16", "w8"]
 FAMILIES = ["qwen2", "qwen3", "gemma2", "phi3", "diffllama", "gpt_neox", "opt"]
+
+METHODS = ["w4g32-gptq", "w4g32-awq", "w4g32-smooth", "w3g32-wclip", "fp8"]
+"""What is not plain rounding."""
+TWINS = {"standard": "LlamaForCausalLM", "diff_v1": "DiffLlamaForCausalLM"}
+"""Variants of ours that transformers has, and as what."""
 
 NUM_DOCUMENTS, CONTEXT = 12, 12
 
@@ -54,6 +62,22 @@ def save(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     return folder
 
 
+def save_ours(variant: str, folder: Path) -> Path:
+    """A toy model of one of our variants; gains of its heads' norms are not 1."""
+    model = toy_model("quantlab", variant=variant, gain=6.0, rms_norm_eps=1e-5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("subln.weight"):
+                parameter.mul_(torch.linspace(0.5, 2.0, len(parameter)))
+    model.save_pretrained(folder)
+    toy_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def calibrator() -> Calibrator:
+    return Calibrator(torch.randint(1, 512, (4, 48), generator=torch.Generator().manual_seed(3)))
+
+
 @pytest.fixture(scope="module")
 def ids() -> Tensor:
     """Documents as HellaSwag has them: four rows each, one context and four endings."""
@@ -70,12 +94,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory, ids: Tensor) -> Path:
     np.save(root / "ids.npy", ids.numpy())
     save("llama", root / "llama")
     save("llama", root / "llama-bfloat16", torch.bfloat16)
-    jobs = {name: ("llama", name) for name in [*SCHEMES, "w8a8"]}
+    jobs = {name: ("llama", name) for name in [*SCHEMES, *METHODS, "w8kv8ts", "w8a8"]}
+    jobs |= {f"ours-{variant}": (save_ours(variant, root / variant).name, "w4g32") for variant in TWINS}
     jobs |= {f"bfloat16-{name}": ("llama-bfloat16", name) for name in ("w4g32", "w8a8")}
     jobs |= {family: (save(family, root / f"{family}-in").name, "w4g32") for family in FAMILIES}
     checkpoints = {source: loaded(root / source) for source, _ in jobs.values()}
     for name, (source, scheme) in jobs.items():
-        export_checkpoint(checkpoints[source], Scheme.parse(scheme), "compressed-tensors", root / name)
+        parsed = Scheme.parse(scheme)
+        text = calibrator() if parsed.needs else None
+        export_checkpoint(checkpoints[source], parsed, "compressed-tensors", root / name, calibrator=text)
     command = [sys.executable, "-c", READER, str(root / "ids.npy"), *(str(root / name) for name in jobs)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr[-4000:]
@@ -84,10 +111,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory, ids: Tensor) -> Path:
 
 def ours(checkpoint: Checkpoint, scheme: str, ids: Tensor) -> Tensor:
     """Logits of our own simulated model."""
-    with (
-        torch.no_grad(),
-        quantized(checkpoint.model, Scheme.parse(scheme), QuantizeConfig(kernel="simulated")),
-    ):
+    parsed, text = Scheme.parse(scheme), calibrator() if Scheme.parse(scheme).needs else None
+    config = QuantizeConfig(kernel="simulated")
+    with torch.no_grad(), quantized(checkpoint.model, parsed, config, calibrator=text):
         logits: Tensor = checkpoint.model(ids).logits
     return logits.float()
 
@@ -143,6 +169,42 @@ def test_every_family_of_linears_is_read(folders: Path, ids: Tensor, family: str
     found = read(folders, family)
     assert torch.equal(choices(found, ids), choices(expected, ids))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("scheme", METHODS)
+def test_codes_of_every_method_are_read(folders: Path, ids: Tensor, scheme: str) -> None:
+    logits, expected = read(folders, scheme), ours(loaded(folders / "llama"), scheme, ids)
+    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert not torch.equal(expected, ours(loaded(folders / "llama"), "w16", ids))
+
+
+def test_scales_of_a_cache_are_read(folders: Path, ids: Tensor) -> None:
+    logits, checkpoint = read(folders, "w8kv8ts"), loaded(folders / "llama")
+    expected, without = ours(checkpoint, "w8kv8ts", ids), ours(checkpoint, "w8", ids)
+    # A key that differs in its last place may round to the next code, so single logits may move; on average they do
+    # not, beside what rounding the cache does.
+    assert (logits - expected).abs().mean() < 0.01 * (without - expected).abs().mean()
+    assert torch.equal(choices(logits, ids), choices(expected, ids))
+
+
+@pytest.mark.parametrize("variant", TWINS)
+def test_variants_leave_as_what_transformers_has(folders: Path, ids: Tensor, variant: str) -> None:
+    """The twin under the scheme, since gains that are folded into o_proj change its codes."""
+    name = f"ours-{variant}"
+    assert json.loads((folders / name / "config.json").read_text())["architectures"] == [TWINS[variant]]
+    twin, notes = known_to_engines(loaded(folders / variant), "compressed-tensors")
+    assert TWINS[variant] in notes[0]
+    expected, logits = ours(twin, "w4g32", ids), read(folders, name)
+    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+    sixteen = ours(loaded(folders / variant), "w16", ids)
+    assert (ours(twin, "w16", ids) - sixteen).abs().max() < 1e-4 * sixteen.abs().max()
+
+
+def test_a_variant_without_a_twin_is_sent_to_our_own_format(tmp_path: Path) -> None:
+    checkpoint = loaded(save_ours("diff_v2", tmp_path / "in"))
+    with pytest.raises(SchemeError, match=r"diff_v2 has no exact twin.*Use --format quantlab"):
+        export_checkpoint(checkpoint, Scheme.parse("w4g32"), "compressed-tensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_integer_activations_are_read_on_the_reader_s_own_grid(folders: Path, ids: Tensor) -> None:

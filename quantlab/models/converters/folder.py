@@ -13,8 +13,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConf
 from quantlab.config import CheckpointConfig
 from quantlab.errors import CheckpointError, ConfigError, nearest
 from quantlab.export.atomic import check_destination, new_folder
-from quantlab.export.folder import DEFAULT_SHARD_SIZE
-from quantlab.export.shards import Part, TensorType, write_shards
+from quantlab.export.shards import DEFAULT_SHARD_SIZE, Part, TensorType, write_shards
 from quantlab.inspection.checkpoint import CheckpointInfo, inspect_checkpoint
 from quantlab.models.converters.checks import readable
 from quantlab.models.converters.diffllama import from_diffllama, to_diffllama
