@@ -1,0 +1,1 @@
+"""Files made to do harm, and what the command line does with them."""
