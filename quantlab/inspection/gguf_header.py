@@ -69,6 +69,8 @@ class GgufHeader:
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
+    places: Mapping[str, tuple[int, int]]
+    """Where each key lies with its type and value: from which byte of the file to before which."""
 
     @property
     def architecture(self) -> str:
@@ -106,10 +108,10 @@ class _Reader:
             raise CheckpointError(f"GGUF version must be 2 or 3, little endian: {self.path} has {version}.")
         num_tensors, num_keys = self.scalar("Q"), self.scalar("Q")
         self.room_for(num_keys, 13, "metadata keys")
-        metadata = self.metadata(num_keys)
+        metadata, places = self.metadata(num_keys)
         self.room_for(num_tensors, 32, "tensors")
         infos = [self.info() for _ in range(num_tensors)]
-        return GgufHeader(metadata, self.placed(infos, self.alignment(metadata)))
+        return GgufHeader(metadata, self.placed(infos, self.alignment(metadata)), places)
 
     def broken(self, fault: str) -> CheckpointError:
         return CheckpointError(f"checkpoint file is damaged: {self.path} {fault}. Get the file again.")
@@ -139,16 +141,19 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise self.broken(f"holds a string at byte {start} that is not UTF-8") from error
 
-    def metadata(self, num_keys: int) -> dict[str, Any]:
+    def metadata(self, num_keys: int) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+        """Values by key, and the bytes that each key takes."""
         metadata: dict[str, Any] = {}
+        places: dict[str, tuple[int, int]] = {}
         for _ in range(num_keys):
-            key = self.string(MAX_KEY_BYTES)
+            start, key = self.position, self.string(MAX_KEY_BYTES)
             if key in metadata:
                 raise self.broken(f"names the metadata key {key!r} twice")
             metadata[key] = self.value(key)
+            places[key] = start, self.position
         if not isinstance(metadata.get("general.architecture"), str):
             raise self.broken("names no general.architecture")
-        return metadata
+        return metadata, places
 
     def value(self, key: str) -> Any:
         kind = self.scalar("I")

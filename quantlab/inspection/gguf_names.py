@@ -1,8 +1,8 @@
-"""GGUF's names for what a Hugging Face model holds, one table an architecture. No torch.
+"""GGUF's names for what a Hugging Face model holds, one table an architecture, read both ways. No torch.
 
 llama.cpp names tensors `blk.3.attn_q.weight` and sizes `llama.block_count`; `hf_name` and `config_of` turn them into
-`model.layers.3.self_attn.q_proj.weight` and a config.json. What such a table cannot say (a scaled rotary embedding,
-sizes that differ between layers) is refused, never dropped.
+`model.layers.3.self_attn.q_proj.weight` and a config.json, `gguf_name` turns a name back. What such a table cannot say
+(a scaled rotary embedding, sizes that differ between layers) is refused, never dropped.
 Source: the tensor names and keys of the GGUF specification, and llama.cpp's converters for each architecture.
 """
 
@@ -16,7 +16,7 @@ from quantlab.errors import CheckpointError, nearest
 from quantlab.inspection.gguf_header import GgufArray, GgufHeader
 
 Stored = Literal["permuted", "transposed"]
-"""How llama.cpp's converter changed a weight: rotary halves interleaved, or [I, O] made [O, I]."""
+"""How llama.cpp's converter changed a tensor: rotary halves interleaved, biases too, or a weight [I, O] made [O, I]."""
 
 _SIZES = {
     "block_count": "num_hidden_layers",
@@ -49,6 +49,9 @@ class GgufArchitecture:
     """One architecture of llama.cpp, and the transformers model that it is."""
 
     model_type: str
+    """What transformers calls it when it is read."""
+    also: tuple[str, ...] = ()
+    """Further model types that are stored as it."""
     outer: Mapping[str, str] = field(default_factory=lambda: _OUTER)
     """Module outside the decoder layers -> its name in transformers."""
     layer: Mapping[str, str] = field(default_factory=lambda: _LAYER)
@@ -61,7 +64,9 @@ class GgufArchitecture:
 
 
 GGUF_ARCHITECTURES: dict[str, GgufArchitecture] = {
-    "llama": GgufArchitecture("llama", stored={"attn_q": "permuted", "attn_k": "permuted"}),
+    "llama": GgufArchitecture(
+        "llama", also=("mistral",), stored={"attn_q": "permuted", "attn_k": "permuted"}
+    ),
     "qwen2": GgufArchitecture("qwen2"),
     "qwen3": GgufArchitecture("qwen3", layer=_LAYER | _QK_NORM),
     "gpt2": GgufArchitecture(
@@ -95,12 +100,13 @@ GGUF_ARCHITECTURES: dict[str, GgufArchitecture] = {
 """`general.architecture` -> what it is; Mistral, SmolLM and their like are stored as llama. Left out are those whose
 files do not say all (the attention scale of Gemma 2 27B, for one) and so cannot be rebuilt without guessing."""
 
-_TOKEN_IDS = {
+TOKEN_IDS = {
     "bos": "bos_token_id",
     "eos": "eos_token_id",
     "unknown": "unk_token_id",
     "padding": "pad_token_id",
 }
+"""Key after `tokenizer.ggml.`, before `_token_id` -> key of config.json."""
 _TENSOR = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<module>\w+)\.(?P<leaf>weight|bias)")
 
 
@@ -126,8 +132,24 @@ def hf_name(name: str, architecture: GgufArchitecture, path: Path) -> tuple[str,
             f"{architecture.model_type} model. Use its Hugging Face folder instead."
         )
     prefix = "" if layer is None else f"{architecture.layers}.{int(layer)}."
+    return f"{prefix}{table[module]}.{leaf}", _stored(architecture, module, leaf)
+
+
+def gguf_name(name: str, architecture: GgufArchitecture) -> tuple[str, Stored | None] | None:
+    """What `hf_name` takes, for what it gives: a tensor's GGUF name and how its values change; None if it has none."""
+    owner, _, leaf = name.rpartition(".")
+    layer = re.fullmatch(rf"{re.escape(architecture.layers)}\.(\d+)\.(.+)", owner)
+    table = architecture.layer if layer else architecture.outer
+    modules = {module: own for own, module in table.items()}
+    own = modules.get(layer[2] if layer else owner)
+    if own is None or leaf not in ("weight", "bias"):
+        return None
+    return f"blk.{layer[1]}.{own}.{leaf}" if layer else f"{own}.{leaf}", _stored(architecture, own, leaf)
+
+
+def _stored(architecture: GgufArchitecture, module: str, leaf: str) -> Stored | None:
     stored = architecture.stored.get(module)
-    return f"{prefix}{table[module]}.{leaf}", stored if leaf == "weight" else None
+    return None if stored == "transposed" and leaf == "bias" else stored
 
 
 def config_of(header: GgufHeader, path: Path) -> dict[str, Any]:
@@ -145,7 +167,7 @@ def config_of(header: GgufHeader, path: Path) -> dict[str, Any]:
         config |= _given(header, {f"{name}.rope.dimension_count": "head_dim"}, path)
     config |= _given(header, {f"{name}.{key}": value for key, value in architecture.sizes.items()}, path)
     config |= _given(
-        header, {f"tokenizer.ggml.{key}_token_id": value for key, value in _TOKEN_IDS.items()}, path
+        header, {f"tokenizer.ggml.{key}_token_id": value for key, value in TOKEN_IDS.items()}, path
     )
     if not isinstance(header.metadata.get("tokenizer.ggml.tokens"), GgufArray):
         raise CheckpointError(f"checkpoint must hold its tokenizer: {path} has no tokenizer.ggml.tokens.")

@@ -15,6 +15,8 @@ from torch import Tensor
 from quantlab.inspection.gguf_header import GgufHeader, GgufTensor
 from quantlab.inspection.gguf_names import Stored, architecture_of, config_of, hf_name
 
+__all__ = ["dequantized", "read_weights"]
+
 
 def read_weights(path: Path, header: GgufHeader, dtype: torch.dtype) -> dict[str, Tensor]:
     """Every tensor of the file, dequantized to float32 and then rounded to `dtype`, by its name in transformers."""
@@ -27,13 +29,13 @@ def read_weights(path: Path, header: GgufHeader, dtype: torch.dtype) -> dict[str
     weights = {}
     for stored_name, tensor in header.tensors.items():
         name, stored = hf_name(stored_name, architecture, path)
-        values = _dequantized(data, tensor)
+        values = dequantized(data, tensor)
         module = stored_name.split(".")[-2]
         weights[name] = torch.from_numpy(_restored(values, stored, heads.get(module))).to(dtype)
     return weights
 
 
-def _dequantized(data: np.ndarray, tensor: GgufTensor) -> np.ndarray:
+def dequantized(data: np.ndarray, tensor: GgufTensor) -> np.ndarray:
     """The tensor in float32, in its own shape."""
     kind = tensor.type
     # A plain array: slices of a memory map carry its bookkeeping and are slow.
