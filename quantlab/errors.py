@@ -9,6 +9,7 @@ UserError (probes.errors)   one sentence on stderr, exit code 2
 ├── CalibrationError        a model or text that calibration cannot use, or statistics that are not this model's
 ├── EvaluationError         a model and a task that do not fit together
 ├── RecordError             a record that is damaged or from another format
+├── VerificationError       a folder that is not what it is said to be
 ├── TrainingError           a training that ended before its time
 └── OutputError             a place where results cannot be written
 """
@@ -27,6 +28,7 @@ __all__ = [
     "SchemeError",
     "TrainingError",
     "UserError",
+    "VerificationError",
     "nearest",
 ]
 
@@ -65,3 +67,7 @@ class OutputError(UserError):
 
 class TrainingError(UserError):
     """A training that ended before its time."""
+
+
+class VerificationError(UserError):
+    """A folder of low-bit weights that is not what was written, or that no engine loads as it was meant."""

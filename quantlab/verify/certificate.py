@@ -1,0 +1,285 @@
+"""A certificate: what was checked of a folder, what was found, and who loads it. As JSON, and as Markdown for its card.
+
+Times, memory and places are not in it, so that verifying the same folder again gives the same bytes.
+"""
+
+import hashlib
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import quantlab
+from quantlab.errors import VerificationError
+from quantlab.export.engines import Engine
+from quantlab.verify.agreement import Agreement
+from quantlab.verify.codes import CodesReport
+from quantlab.verify.size import SizeReport
+
+__all__ = ["CARD", "CERTIFICATE", "Certificate", "Row", "State", "content_digest", "into_card"]
+
+CERTIFICATE = "certificate.json"
+CARD = "README.md"
+FORMAT_VERSION = 1
+BEGIN, END = "<!-- certificate of quantlab -->", "<!-- end of certificate -->"
+
+State = Literal["agrees", "disagrees", "failed", "not run", "should load", "cannot"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One engine and this folder."""
+
+    engine: Engine
+    state: State
+    reason: str = ""
+    """Why it was not run, failed or disagrees."""
+    versions: Mapping[str, str] | None = None
+    agreement: Agreement | None = None
+    peak_bytes: int = 0
+    seconds: float = 0.0
+    """Of loading and running; neither this nor the memory is in the certificate."""
+
+    @property
+    def loaded(self) -> bool:
+        """Whether it loaded the folder and answered."""
+        return self.state in ("agrees", "disagrees")
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What verifying a folder found."""
+
+    scheme: str
+    format_name: str
+    content: str
+    """`content_digest` of the manifest: the folder that this is a certificate of."""
+    num_files: int
+    codes: CodesReport
+    size: SizeReport
+    rows: tuple[Row, ...]
+    dataset_sha256: str
+    num_documents: int
+    broken: str = ""
+    """Why the folder could not be read or simulated at all."""
+
+    @property
+    def failures(self) -> list[str]:
+        """What is wrong, in the order of the checks."""
+        found = [*self.codes.failures(), *self.size.failures()]
+        if self.broken:
+            found.append(self.broken)
+        found += [
+            f"{row.engine.name} must agree with the codes: {row.reason}"
+            for row in self.rows
+            if row.state == "disagrees"
+        ]
+        if not found and not any(row.state == "agrees" for row in self.rows):
+            tried = "; ".join(
+                f"{row.engine.name} {row.state}: {row.reason}" for row in self.rows if row.reason
+            )
+            found.append(f"an engine must load the folder: none did ({tried or 'none can be started here'})")
+        return found
+
+    @property
+    def verified(self) -> bool:
+        """Files and codes are true, and at least one engine loaded the folder and agreed."""
+        return not self.failures
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        if self.failures:
+            return f"Not verified: {self.failures[0]}."
+        names = " and ".join(row.engine.name for row in self.rows if row.state == "agrees")
+        return (
+            f"Verified: {self.codes.num_linears} linears hold bit for bit the codes that were chosen, and {names} "
+            f"loaded them and agreed."
+        )
+
+    def check(self) -> None:
+        """Raise if the folder is not verified.
+
+        Raises:
+            VerificationError: names the first check that failed.
+        """
+        if self.failures:
+            raise VerificationError(f"{self.failures[0]}. Export the folder again.")
+
+    def body(self) -> dict[str, Any]:
+        """The certificate as JSON has it."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "quantlab": quantlab.__version__,
+            "verified": self.verified,
+            "verdict": self.verdict,
+            "failures": self.failures,
+            "certifies": self.content,
+            "scheme": self.scheme,
+            "format": self.format_name,
+            "files": self.num_files,
+            "codes": asdict(self.codes),
+            "size": asdict(self.size),
+            "hellaswag": {"documents": self.num_documents, "dataset_sha256": self.dataset_sha256},
+            "engines": [_row_body(row) for row in self.rows],
+        }
+
+    def text(self) -> str:
+        """certificate.json."""
+        return json.dumps(_plain(self.body()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def markdown(self) -> str:
+        """The certificate as a section of a model card, between its markers."""
+        head = [
+            ("files", f"{self.num_files} as MANIFEST.json lists them"),
+            ("codes", _codes_text(self.codes)),
+            ("zero points", _zeros_text(self.codes)),
+            ("size", _size_text(self.size)),
+            ("certifies", f"`{self.content}`"),
+        ]
+        engines = [_row_cells(row) for row in self.rows]
+        header = (
+            "engine",
+            "result",
+            "low bits there",
+            "computes in",
+            "largest logit gap",
+            "divergence [nats]",
+            "HellaSwag",
+            "",
+        )
+        flips = [
+            (
+                row.engine.name,
+                str(flip.document),
+                flip.score,
+                f"{flip.ours} / {flip.theirs}",
+                f"{flip.our_margin:.4f}",
+                f"{flip.their_margin:.4f}",
+            )
+            for row in self.rows
+            for flip in (row.agreement.flips if row.agreement else ())
+        ]
+        parts = [
+            BEGIN,
+            "## Certificate",
+            _escaped(self.verdict),
+            _table(("", ""), head),
+            _table(header, engines),
+        ]
+        if flips:
+            parts.append(
+                _table(
+                    ("engine", "document", "score", "ending, ours / its", "our margin", "its margin"), flips
+                )
+            )
+        return "\n\n".join([*parts, END])
+
+
+def content_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of what a certificate is of: files of a manifest but card and certificate, and tensors."""
+    files = {
+        name: entry["sha256"] for name, entry in manifest["files"].items() if name not in (CARD, CERTIFICATE)
+    }
+    body = json.dumps({"files": files, "tensors": manifest.get("tensors")}, sort_keys=True)
+    return hashlib.sha256(body.encode()).hexdigest()
+
+
+def into_card(card: str, section: str) -> str:
+    """A card with this section, in the place of an earlier one or at the end."""
+    before, begin, rest = card.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and end:
+        return before + section + after
+    return card.rstrip("\n") + "\n\n" + section + "\n"
+
+
+def _row_body(row: Row) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "engine": row.engine.name,
+        "state": row.state,
+        "speed": row.engine.speed,
+        "note": row.engine.note,
+        "reason": row.reason,
+        "versions": dict(row.versions or {}),
+    }
+    if row.agreement is not None:
+        found = asdict(row.agreement)
+        body["agreement"] = found | {"agrees": row.agreement.agrees}
+    return body
+
+
+def _row_cells(row: Row) -> tuple[str, ...]:
+    found = row.agreement
+    measured = ("", "", "", "")
+    if found is not None:
+        same = found.num_documents - len({flip.document for flip in found.flips})
+        measured = (
+            found.arithmetic,
+            f"{_number(found.gaps['logits'].largest)} (at most {_number(found.allowed['logits'].largest)})",
+            _number(found.divergence),
+            f"{same} of {found.num_documents} answers the same",
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in (row.versions or {}).items())
+    notes = " ".join(part for part in (row.reason, row.engine.note, versions) if part)
+    return (row.engine.name, STATES[row.state], SPEEDS[row.engine.speed], *measured, _escaped(notes))
+
+
+STATES: Mapping[str, str] = {
+    "agrees": "loads here and agrees",
+    "disagrees": "loads here and disagrees",
+    "failed": "fails here",
+    "not run": "not run",
+    "should load": "should load, by the format's documentation",
+    "cannot": "cannot load it",
+}
+"""State in words."""
+SPEEDS: Mapping[str, str] = {
+    "faster": "faster where it has a kernel",
+    "smaller": "only smaller",
+    "simulated": "simulated in floats",
+}
+"""What low bits are good for, in words."""
+
+
+def _codes_text(codes: CodesReport) -> str:
+    wrong = {*codes.wrong_codes, *codes.wrong_scales}
+    right = f"{codes.num_linears - len(wrong)} of {codes.num_linears} linears"
+    return f"{right} bit for bit as chosen, {codes.num_weights:,} weights"
+
+
+def _zeros_text(codes: CodesReport) -> str:
+    if not codes.num_zeros:
+        return "none stored"
+    return f"{codes.num_zeros:,}, {codes.zeros_at_0:,} of them at 0 and {codes.zeros_at_max:,} at the largest code"
+
+
+def _size_text(size: SizeReport) -> str:
+    return f"{size.files_bytes:,} bytes of weight files; {size.bits_per_weight:.3f} bits a weight in low bits"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else "not finite"
+
+
+def _plain(value: Any) -> Any:
+    """Numbers that are not finite as text, since JSON has none."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    """Text of unknown origin on one line of a table, with nothing in it that renders or ends a comment."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("`", "'")

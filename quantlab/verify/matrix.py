@@ -1,0 +1,107 @@
+"""The engine matrix of a folder: every engine that loads it here is started and compared with our simulated model."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from quantlab.export.engines import Engine
+from quantlab.schemes import Scheme
+from quantlab.verify.agreement import compare
+from quantlab.verify.certificate import Row, State
+from quantlab.verify.config import VerifyConfig
+from quantlab.verify.process import Answer, ReaderError, ask
+from quantlab.verify.questions import make_request
+from quantlab.verify.readers import arithmetic_of, block_size_of, engine_file, python_of
+from quantlab.verify.simulated import ARITHMETICS, forward_of, in_arithmetic, load_simulated
+from quantlab.verify.sources import Source
+from quantlab.verify.worker import respond
+
+__all__ = ["Matrix", "unread"]
+
+
+def unread(engine: Engine) -> Row:
+    """The row of an engine that was not started: what is said of it, not what was seen."""
+    if engine.loads == "no":
+        return Row(engine, "cannot")
+    return Row(engine, "should load" if engine.loads == "elsewhere" else "not run")
+
+
+class Matrix:
+    """Our model of the folder, what is asked of every engine, and the rows.
+
+    Raises:
+        CheckpointError: the folder does not hold exactly its model.
+        DataError, EvaluationError: the documents cannot be used, or not with this tokenizer.
+    """
+
+    def __init__(
+        self, folder: Path, source: Source, scheme: Scheme, format_name: str, config: VerifyConfig
+    ) -> None:
+        self._folder, self._scheme, self._format, self._config = folder, scheme, format_name, config
+        self._model, tokenizer = load_simulated(folder, source)
+        self.request = make_request(tokenizer, config, self._model.get_input_embeddings().weight.shape[0])
+        # Kept by arithmetic: engines of one folder mostly share it.
+        self._plain: Callable[[str], Answer] = cache(self._in_arithmetic)
+
+    def row(self, engine: Engine, advance: Callable[[int], object]) -> Row:
+        """Start the engine, if it loads here and was asked for, and compare."""
+        asked = self._config.engines is None or engine.name in self._config.engines
+        if engine.loads != "here" or not asked:
+            return unread(engine)
+        python = python_of(engine.name, self._format, self._config)
+        file = engine_file(engine.name)
+        if python is None or not file.exists():
+            return Row(engine, "not run", "its environment is not there: run `make readers`")
+        try:
+            answer = ask(file, python, self._folder, self.request, self._config)
+            return self._compared(engine, answer)
+        except ReaderError as fault:
+            return Row(engine, "failed", str(fault))
+        finally:
+            advance(1)
+
+    def _compared(self, engine: Engine, answer: Answer) -> Row:
+        arithmetic = answer.arithmetic or arithmetic_of(engine.name, self._format, self._scheme)
+        if arithmetic not in ARITHMETICS:
+            raise ReaderError(f"it computes in {arithmetic!r}, which nothing here can be compared with")
+        ours = self._plain(self._own())
+        found = compare(
+            answer, arithmetic, ours, self._plain("float64"), self._plain(arithmetic), self.request
+        )
+        reason = (
+            "" if found.agrees else f"gaps are beyond what {arithmetic} explains: {_places(found.beyond)}"
+        )
+        seconds = answer.load_s + answer.run_s
+        state: State = "agrees" if found.agrees else "disagrees"
+        return Row(engine, state, reason, answer.versions, found, answer.peak_bytes, seconds)
+
+    def _own(self) -> str:
+        """What our model itself computes in: inputs are rounded where that is part of the scheme."""
+        own = arithmetic_of("quantlab", self._format, self._scheme)
+        return own if own == "a8" else "float32"
+
+    def _in_arithmetic(self, name: str) -> Answer:
+        """Our model's answer; rows are scored only in the arithmetic that answers are compared in."""
+        model: PreTrainedModel = in_arithmetic(self._model, name, block_size_of(self._scheme, name))
+        asked: dict[str, Any] = dict(self.request.arrays())
+        if name != self._own():
+            nothing = np.zeros(0, dtype=np.int64)
+            asked |= {"row_ids": nothing, "row_lengths": nothing, "row_starts": nothing}
+        found = respond(forward_of(model), asked)
+        probes = range(len(self.request.probes))
+        hidden = tuple(
+            tuple(found[f"hidden_{place}_{layer}"] for layer in range(_num_hidden(found))) for place in probes
+        )
+        return Answer(found["ll"], tuple(found[f"logits_{place}"] for place in probes), hidden, {}, name)
+
+
+def _num_hidden(found: dict[str, Any]) -> int:
+    return sum(name.startswith("hidden_0_") for name in found)
+
+
+def _places(beyond: tuple[str, ...]) -> str:
+    return beyond[0] + (f" and {len(beyond) - 1} more places" if len(beyond) > 1 else "")

@@ -1,0 +1,89 @@
+"""Where the codes of a folder are, whatever its format: names of its linears, their codes, their bytes. No torch."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from quantlab.inspection.gguf_header import read_gguf
+from quantlab.inspection.gguf_names import architecture_of, hf_name
+from quantlab.reading.decoded import Decoded
+from quantlab.reading.raw import RawFolder
+from quantlab.reading.readers import decoder_of
+
+__all__ = ["GGUF", "RawSource", "Source", "source_of"]
+
+GGUF = "model.gguf"
+
+
+class Source(Protocol):
+    """Codes of one folder, read without the code that wrote them."""
+
+    def linears(self) -> list[str]:
+        """Names of the linears in low bits."""
+
+    def decode(self, name: str) -> Decoded:
+        """Codes and scales of one of them."""
+
+    def num_bytes(self) -> int:
+        """Bytes of the tensors that stand for weights in low bits."""
+
+
+class RawSource:
+    """A folder of safetensors."""
+
+    def __init__(self, folder: Path) -> None:
+        self.raw = RawFolder(folder)
+        self._decoder = decoder_of(self.raw)
+
+    def linears(self) -> list[str]:
+        """Names of the linears in low bits."""
+        return self._decoder.linears(self.raw)
+
+    def decode(self, name: str) -> Decoded:
+        """Codes and scales of one of them."""
+        return self._decoder.decode(self.raw, name)
+
+    def num_bytes(self) -> int:
+        """Bytes of the tensors that stand for weights in low bits."""
+        return sum(self.raw.tensors[name].end - self.raw.tensors[name].begin for name in self.coded())
+
+    def coded(self) -> set[str]:
+        """Names of the tensors that stand for weights in low bits: all of a linear's but its bias."""
+        linears = self.linears()
+        prefixes = tuple(f"{linear}." for linear in linears)
+        biases = {f"{linear}.bias" for linear in linears}
+        return {name for name in self.raw.tensors if name.startswith(prefixes) and name not in biases}
+
+
+class _GgufSource:
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._decoder: Any = import_module("quantlab.reading.gguf")
+
+    def linears(self) -> list[str]:
+        found: list[str] = self._decoder.linears(self._file)
+        return found
+
+    def decode(self, name: str) -> Decoded:
+        decoded: Decoded = self._decoder.decode(self._file, name)
+        return decoded
+
+    def num_bytes(self) -> int:
+        header = read_gguf(self._file)
+        architecture = architecture_of(header, self._file)
+        weights = {f"{linear}.weight" for linear in self.linears()}
+        return sum(
+            tensor.end - tensor.begin
+            for name, tensor in header.tensors.items()
+            if hf_name(name, architecture, self._file)[0] in weights
+        )
+
+
+def source_of(folder: Path) -> Source:
+    """The codes of a folder.
+
+    Raises:
+        CheckpointError: it is damaged, or in no format that is read here.
+    """
+    file = folder / GGUF
+    return _GgufSource(file) if file.exists() else RawSource(folder)
