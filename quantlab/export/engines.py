@@ -79,11 +79,26 @@ def of_awq(scheme: Scheme) -> tuple[Engine, ...]:
 
 def of_bitsandbytes(scheme: Scheme) -> tuple[Engine, ...]:
     """transformers, with bitsandbytes' own kernels."""
-    return (Engine("transformers", "here", "smaller", "With bitsandbytes' kernels."),)
+    if scheme.format == "llm_int8":
+        note = "Inputs pass through float16; on a CPU slower than floats."
+        return (
+            Engine("transformers", "here", "smaller", note),
+            Engine("vLLM", "elsewhere", "smaller"),
+        )
+    note = (
+        "On CPUs with AVX512-BF16 inputs and scales are rounded to bfloat16, outputs must be a multiple of 32, and "
+        "single tokens are faster; elsewhere weights are dequantized."
+    )
+    return (Engine("transformers", "here", "faster", note), Engine("vLLM", "elsewhere", "smaller"))
 
 
 def of_gguf(scheme: Scheme) -> tuple[Engine, ...]:
     """llama.cpp runs it; transformers dequantizes."""
+    if scheme.weights is None:
+        return (
+            Engine("llama_cpp", "here", "simulated", "Floats; it keeps keys and values in 16 bits."),
+            Engine("transformers", "here", "simulated", "Floats."),
+        )
     return (
         Engine("llama_cpp", "here", "faster", "Its inputs of linears are rounded to 8 bits."),
         Engine("transformers", "here", "simulated", "Dequantized to floats while it loads."),

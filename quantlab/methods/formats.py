@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quantlab.methods.codebooks import fp4, nf4
+from quantlab.methods.codebooks import fp4, fp4_dq, nf4, nf4_dq
 from quantlab.methods.floats import fp8, fp8e5m2, mxfp4, mxfp6, mxfp6e3m2, nvfp4
 from quantlab.methods.ggml import q4_0, q4_1, q5_0, q5_1, q8_0
 from quantlab.methods.k_quants import SUPERBLOCK, q3_k, q4_k, q5_k, q6_k
@@ -30,6 +30,8 @@ class Quantizer(Protocol):
 FORMATS: dict[str, Quantizer] = {
     "nf4": nf4,
     "fp4": fp4,
+    "nf4_dq": nf4_dq,
+    "fp4_dq": fp4_dq,
     "fp8": fp8,
     "fp8e5m2": fp8e5m2,
     "mxfp4": mxfp4,

@@ -7,7 +7,21 @@ from torch import Tensor
 
 from quantlab.numerics.tables import FloatFormat
 
-__all__ = ["CodebookTensor", "float_codes", "nearest_codes"]
+__all__ = ["CodebookTensor", "NestedScales", "float_codes", "nearest_codes"]
+
+
+@dataclass(frozen=True)
+class NestedScales:
+    """Scales that are quantized themselves: scale = values[codes] * absmax + offset, each step rounded to float32."""
+
+    codes: Tensor
+    """[O * G] uint8, places in `values`, output after output."""
+    absmax: Tensor
+    """[ceil(O * G / 256)] float32, what one unit of the table means in each 256 neighbours."""
+    offset: Tensor
+    """Scalar float32."""
+    values: Tensor
+    """[256] float32, the table."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +40,8 @@ class CodebookTensor:
     """Bits in which the format stores one scale."""
     tensor_bits: int = 0
     """Bits that the format stores once for the whole matrix."""
+    nested: NestedScales | None = None
+    """How `scale` itself is stored, where that is in low bits."""
 
     def dequantize(self) -> Tensor:
         """The real matrix [O, I], float32: values[codes] * scale."""

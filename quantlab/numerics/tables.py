@@ -2,6 +2,7 @@
 
 nf4    quantiles of a normal distribution   Dettmers et al. 2023, arXiv:2305.14314, appendix E
 fp4    bitsandbytes' own float              bitsandbytes, `get_4bit_type`: 1 sign, 2 exponent, 1 mantissa bit over 12
+dynamic8  scales of scales                  Dettmers et al. 2022, arXiv:2110.02861, section 2: dynamic tree, signed
 e2m1, e2m3, e3m2, e4m3, e5m2                OCP Microscaling Formats (MX) v1.0, section 5.3, and OCP FP8 v1.0
 e8m0   scale of a block, a power of two     OCP Microscaling Formats (MX) v1.0, section 5.4.1
 """
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["E8M0", "FLOATS", "FP4", "NF4", "FloatFormat"]
+__all__ = ["DYNAMIC8", "E8M0", "FLOATS", "FP4", "NF4", "FloatFormat"]
 
 NF4 = torch.tensor(
     [
@@ -24,8 +25,19 @@ NF4 = torch.tensor(
 """[16] float32, ascending."""
 
 _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
-FP4 = torch.tensor([*_FP4_MAGNITUDES, *(-value for value in _FP4_MAGNITUDES)]) / 12.0
-"""[16] float32; the codes do not ascend with the values, and both 0 and 8 mean zero."""
+FP4 = torch.tensor([*_FP4_MAGNITUDES, *(0.0 - value for value in _FP4_MAGNITUDES)]) / 12.0
+"""[16] float32; the codes do not ascend with the values, and both 0 and 8 mean +0."""
+
+
+def _dynamic8() -> Tensor:
+    """Seven decades of each sign, with 1 to 64 values that split them evenly; 0; and 1."""
+    decades = [torch.linspace(0.1, 1, 2**step + 1) for step in range(7)]
+    positive = torch.cat([10.0 ** (step - 6) * (d[:-1] + d[1:]) / 2 for step, d in enumerate(decades)])
+    return torch.cat([-positive, torch.tensor([0.0, 1.0]), positive]).sort().values
+
+
+DYNAMIC8 = _dynamic8()
+"""[256] float32, ascending; the smallest is -0.993."""
 
 E8M0 = torch.tensor([*(2.0 ** (code - 127) for code in range(255)), float("nan")])
 """[256] float32: code 127 is 1.0, code 255 is NaN."""

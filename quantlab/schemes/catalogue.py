@@ -90,6 +90,8 @@ WEIGHT_FORMATS: Mapping[str, WeightFormat] = {
     for form in (
         WeightFormat("nf4", 4, 64),
         WeightFormat("fp4", 4, 64),
+        WeightFormat("nf4_dq", 4, 64),
+        WeightFormat("fp4_dq", 4, 64),
         WeightFormat("fp8", 8),
         WeightFormat("fp8e5m2", 8),
         WeightFormat("mxfp4", 4, 32),
@@ -148,4 +150,5 @@ def _of_format(form: WeightFormat) -> str:
         otherwise = f"; {instead} where 256 does not divide the inputs" if instead else ""
         return f"weights in GGUF's type {form.name}: {_GGUF_TYPES[form.name]}{otherwise}"
     shares = f"{form.group_size} inputs" if form.group_size else "output channel"
-    return f"weights in the format {form.name}: {form.bits} bits, one scale per {shares}"
+    nested = ", itself in 8 bits (double quantization)" if form.name.endswith("_dq") else ""
+    return f"weights in the format {form.name}: {form.bits} bits, one scale per {shares}{nested}"
