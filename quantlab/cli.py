@@ -17,6 +17,7 @@ import typer
 
 from quantlab import options
 from quantlab.errors import ConfigError, OutputError, TrainingError, UserError
+from quantlab.quiet import quiet_imports
 
 app = typer.Typer(
     name="quantlab",
@@ -247,6 +248,30 @@ def quantize(
 
 
 @app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run.")],
+    cell: Annotated[str, typer.Argument(metavar="CELL", help="Scheme that it scored, or a record's key.")],
+    format_: Annotated[str | None, typer.Option("--format", help="`quantlab list formats`.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to write [RUN_DIR/export/SCHEME-FORMAT].")
+    ] = None,
+    overwrite: Annotated[
+        bool | None, typer.Option("--overwrite", help="Replace the folder once the new one is complete.")
+    ] = None,
+    max_shard_size: Annotated[int | None, typer.Option(help="Bytes of a weight file at most.")] = None,
+    set_: options.Set = None,
+    json_: options.Json = False,
+) -> None:
+    """The weights that a run scored, in a folder that other engines load."""
+    from quantlab import tables
+    from quantlab.export.cell import config_of_cell
+
+    asked = options.given(format=format_, out=out, overwrite=overwrite, max_shard_size=max_shard_size)
+    summary = _export(config_of_cell(run_dir, cell, asked, set_ or ()))
+    _show(json_, summary, lambda: tables.export_table(summary))
+
+
+@app.command()
 def calibrate(
     model: options.Model,
     check: Annotated[bool, typer.Option("--check", help="Is this text enough? Stores nothing.")] = False,
@@ -422,6 +447,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _exit_code(arguments: list[str]) -> int:
+    quiet_imports()
     try:
         code = app(
             [options.dashed(argument) for argument in arguments], prog_name="quantlab", standalone_mode=False

@@ -16,6 +16,7 @@ import yaml
 
 import quantlab
 from quantlab.export.engines import Engine
+from quantlab.export.usage import USAGE
 from quantlab.records import Record
 from quantlab.schemes import METHODS, TRANSFORMS, Scheme, TensorSpec, WeightFormat
 
@@ -112,7 +113,7 @@ def model_card(facts: CardFacts, scores: Scores) -> str:
         "## What is quantized\n\n" + _table(("", ""), _facts_rows(facts)),
         *_warnings(facts),
         "## Scores\n\n" + _scores_text(scores, facts.stored_dtype),
-        "## Loading\n\n" + _LOADING,
+        "## Loading\n\n" + USAGE[facts.format_name],
         "## Engines\n\n" + engines_table(facts.engines),
         "`MANIFEST.json` holds the sha256 and size of every file; `recipe.json` says how the weights were made.",
     ]
@@ -132,25 +133,15 @@ _SPEED = {
     "simulated": "simulated in floats",
 }
 
-_LOADING = """Needs the packages `transformers` and `compressed-tensors`.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "path/to/this/folder"
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)
-```"""
-
 
 def _front_matter(facts: CardFacts, scores: Scores) -> dict[str, Any]:
-    assert facts.scheme.weights is not None
+    bits = 16 if facts.scheme.weights is None else facts.scheme.weights.bits
     front: dict[str, Any] = {
         "base_model": _one_line(facts.base_model),
         "base_model_relation": "quantized",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["quantlab", facts.format_name, facts.scheme.name, f"{facts.scheme.weights.bits}-bit"],
+        "tags": ["quantlab", facts.format_name, facts.scheme.name, f"{bits}-bit"],
     }
     if scores:
         results = [_model_index_entry(task, record, summary) for task, (record, summary) in scores.items()]

@@ -20,6 +20,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from quantlab.errors import EvaluationError
+from quantlab.quiet import quiet_imports
 from quantlab.sweep.outcomes import Board, CellError, Event, Work, attempt
 
 MAX_RETRIES = 2
@@ -150,6 +151,7 @@ def _dismiss(worker: _Worker) -> None:
 
 def _serve(channel: Connection, work: Work) -> None:
     """Life of a worker: cells in, outcomes out, until the parent closes the channel or dies."""
+    quiet_imports()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, ConnectionError):
         channel.send(("ready", None))

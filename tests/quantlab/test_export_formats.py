@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
 from quantlab.errors import ConfigError, SchemeError
 from quantlab.export.formats import FORMATS, find_format
+from quantlab.export.usage import USAGE
 from quantlab.schemes import Scheme
 
 HELD = [
@@ -68,6 +70,8 @@ def test_an_unknown_format_names_the_nearest() -> None:
 
 def test_every_format_is_named_by_its_key() -> None:
     assert all(form.name == name and form.description for name, form in FORMATS.items())
+    assert set(USAGE) == set(FORMATS), "a card says how each format is loaded"
+    assert all(find_spec(form.module) for form in FORMATS.values())
 
 
 def test_the_table_needs_no_torch() -> None:
