@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from quantlab.export.engines import Engine
 from quantlab.schemes import Scheme
@@ -16,7 +15,7 @@ from quantlab.verify.config import VerifyConfig
 from quantlab.verify.process import Answer, ReaderError, ask
 from quantlab.verify.questions import make_request
 from quantlab.verify.readers import arithmetic_of, block_size_of, engine_file, python_of
-from quantlab.verify.simulated import ARITHMETICS, forward_of, in_arithmetic, load_simulated
+from quantlab.verify.simulated import ARITHMETICS, forward_of, load_simulated
 from quantlab.verify.sources import Source
 from quantlab.verify.worker import respond
 
@@ -41,9 +40,10 @@ class Matrix:
     def __init__(
         self, folder: Path, source: Source, scheme: Scheme, format_name: str, config: VerifyConfig
     ) -> None:
-        self._folder, self._scheme, self._format, self._config = folder, scheme, format_name, config
-        self._model, tokenizer = load_simulated(folder, source)
-        self.request = make_request(tokenizer, config, self._model.get_input_embeddings().weight.shape[0])
+        self._folder, self._source, self._config = folder, source, config
+        self._scheme, self._format = scheme, format_name
+        model, tokenizer = load_simulated(folder, source)
+        self.request = make_request(tokenizer, config, model.get_input_embeddings().weight.shape[0])
         # Kept by arithmetic: engines of one folder mostly share it.
         self._plain: Callable[[str], Answer] = cache(self._in_arithmetic)
 
@@ -86,7 +86,7 @@ class Matrix:
 
     def _in_arithmetic(self, name: str) -> Answer:
         """Our model's answer; rows are scored only in the arithmetic that answers are compared in."""
-        model: PreTrainedModel = in_arithmetic(self._model, name, block_size_of(self._scheme, name))
+        model, _ = load_simulated(self._folder, self._source, name, block_size_of(self._scheme, name))
         asked: dict[str, Any] = dict(self.request.arrays())
         if name != self._own():
             nothing = np.zeros(0, dtype=np.int64)

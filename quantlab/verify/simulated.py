@@ -12,7 +12,6 @@ folder must have its place in the model and the other way round.
 T tokens, V vocabulary, D hidden size.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from quantlab.errors import CheckpointError
 from quantlab.models.loading import load_checkpoint
 from quantlab.verify.sources import GGUF, RawSource, Source
 
-__all__ = ["ARITHMETICS", "Forward", "forward_of", "in_arithmetic", "load_simulated"]
+__all__ = ["ARITHMETICS", "Forward", "forward_of", "load_simulated"]
 
 Forward = Callable[[list[int]], tuple[NDArray[np.float32], list[NDArray[np.float32]] | None]]
 
@@ -42,32 +41,28 @@ ARITHMETICS = ("float32", "bfloat16", "float16", "q8", "a8")
 """What a reader may compute in."""
 
 
-def load_simulated(folder: Path, source: Source) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The dense float32 model of a folder, and its tokenizer.
+def load_simulated(
+    folder: Path, source: Source, arithmetic: str = "float32", block_size: int | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The dense model of a folder, computing in an arithmetic, and its tokenizer.
+
+    Args:
+        arithmetic: `float64` or one of `ARITHMETICS`.
+        block_size: inputs that share a scale where inputs are rounded, if it divides their number, else 32; none means
+            all of a token.
 
     Raises:
         CheckpointError: a tensor too many, one too few, or one of another shape.
     """
     if (folder / GGUF).exists():
         checkpoint = load_checkpoint(CheckpointConfig(path=str(folder / GGUF), device="cpu", dtype="float32"))
-        return checkpoint.model, checkpoint.tokenizer
-    assert isinstance(source, RawSource)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    config.quantization_config = None
-    del config.quantization_config
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model, report = model_class.from_pretrained(
-        None,
-        config=config,
-        state_dict=_dense(source),
-        dtype=torch.float32,
-        attn_implementation="eager",
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
-    _check_places(report, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return model.eval().requires_grad_(False), tokenizer
+        model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    else:
+        assert isinstance(source, RawSource)
+        model = _dense_model(folder, source)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    _compute_in_(model, arithmetic, block_size)
+    return model, tokenizer
 
 
 def forward_of(model: PreTrainedModel) -> Forward:
@@ -82,24 +77,32 @@ def forward_of(model: PreTrainedModel) -> Forward:
     return forward
 
 
-def in_arithmetic(model: PreTrainedModel, name: str, block_size: int | None = None) -> PreTrainedModel:
-    """A copy of the float32 model that computes so.
+def _dense_model(folder: Path, source: RawSource) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    del config.quantization_config
+    model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None,
+        config=config,
+        state_dict=_dense(source),
+        dtype=torch.float32,
+        attn_implementation="eager",
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    _check_places(report, folder)
+    dense: PreTrainedModel = model.eval().requires_grad_(False)
+    return dense
 
-    Args:
-        name: `float64` or one of `ARITHMETICS`.
-        block_size: inputs that share a scale where inputs are rounded, if it divides their number, else 32; none means
-            all of a token.
-    """
-    model = copy.deepcopy(model)
-    if name in ("q8", "a8"):
+
+def _compute_in_(model: PreTrainedModel, arithmetic: str, block_size: int | None) -> None:
+    if arithmetic in ("q8", "a8"):
         for place, module in list(model.named_modules()):
             if isinstance(module, nn.Linear):
                 model.set_submodule(place, _Rounded(module, block_size))
-        return model
+        return
     # Buffers stay as they are, as in a model that is loaded in the dtype: frequencies of positions need float32.
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(getattr(torch, name))
-    return model
+        parameter.data = parameter.data.to(getattr(torch, arithmetic))
 
 
 class _Rounded(nn.Module):
