@@ -7,7 +7,7 @@ read the format by its documentation and were not run.
 from dataclasses import dataclass
 from typing import Literal
 
-from quantlab.schemes import Scheme
+from quantlab.schemes import Scheme, TensorSpec
 
 __all__ = [
     "Engine",
@@ -58,21 +58,45 @@ def of_compressed_tensors(scheme: Scheme) -> tuple[Engine, ...]:
 
 
 def of_gptq(scheme: Scheme) -> tuple[Engine, ...]:
-    """gptqmodel runs it on a CPU; vLLM has kernels for 4 and 8 bits."""
-    assert scheme.weights is not None
-    fast = scheme.weights.bits in (4, 8)
+    """gptqmodel reads all of it on a CPU; the others know 2, 3, 4 and 8 bits, auto-gptq with v1 zero points alone."""
+    assert isinstance(scheme.weights, TensorSpec)
+    bits, symmetric = scheme.weights.bits, scheme.weights.symmetric
+    known = bits in (2, 3, 4, 8)
+    unpacked = (
+        "" if bits != 4 else " 4 bits in other groups than 32 to 256 need its backend `torch` on a CPU."
+    )
+    other = "" if known else "It knows 2, 3, 4 and 8 bits."
+    v1 = known and symmetric
+    marlin = "Marlin kernels." if symmetric else "Versions that know gptq_v2."
     return (
-        Engine("gptqmodel", "here", "smaller", "Reads 2, 3, 4 and 8 bits on a CPU."),
-        Engine("transformers", "here", "smaller", "Through optimum and gptqmodel."),
-        Engine("auto_gptq", "here", "smaller", "0.7.1, in an environment of its own; v1 zero points only."),
-        Engine("vLLM", "elsewhere" if fast else "no", "faster" if fast else "smaller"),
+        Engine("gptqmodel", "here", "smaller", f"Computes in 16 bits.{unpacked}"),
+        Engine(
+            "transformers",
+            "here" if known else "no",
+            "smaller",
+            other or f"Through optimum and gptqmodel.{unpacked}",
+        ),
+        Engine(
+            "auto_gptq",
+            "here" if v1 else "no",
+            "smaller",
+            other
+            or ("0.7.1, of a Llama's linears without exception." if v1 else "It knows v1 zero points alone."),
+        ),
+        Engine(
+            "vLLM",
+            "elsewhere" if known else "no",
+            "faster" if bits in (4, 8) else "smaller",
+            other or (marlin if bits in (4, 8) else ""),
+        ),
     )
 
 
 def of_awq(scheme: Scheme) -> tuple[Engine, ...]:
-    """gptqmodel has a reader for CPUs; vLLM has kernels."""
+    """gptqmodel has kernels for CPUs, which transformers takes too; vLLM has kernels."""
     return (
-        Engine("gptqmodel", "here", "smaller"),
+        Engine("gptqmodel", "here", "smaller", "Computes in 16 bits; knows no DiffLlama in this format."),
+        Engine("transformers", "here", "smaller", "Through gptqmodel."),
         Engine("vLLM", "elsewhere", "faster", "AWQ and Marlin kernels."),
     )
 

@@ -28,11 +28,11 @@ Written is `gptq` where the grid is symmetric, whose zero points are all 2^(b-1)
 a group of positive weights has a zero point of 0; gptqmodel refuses v1 without symmetry in any case. 5, 6 and 7 bits
 are `gptq_p`. `layout` takes another name when asked.
 
-config.json says it twice, in `checkpoint_format` and in `format`, which transformers reads where
-the former is missing. v1 folders hold the same as `quantize_config.json`, which auto-gptq needs. The others do not:
-auto-gptq 0.7.1 knows no `checkpoint_format` and would read every zero point one too high without a word; it stops where
-the file is missing. Linears that keep their precision are named for gptqmodel and vLLM in `dynamic`, and the others for
-transformers in `modules_in_block_to_quantize`; auto-gptq cannot be told.
+config.json says it twice, in `checkpoint_format` and in `format`, which transformers reads where the former is missing.
+Linears that keep their precision are named for gptqmodel and vLLM in `dynamic`, and the others for transformers in
+`modules_in_block_to_quantize`. auto-gptq 0.7.1 knows none of these keys: it would read v2 zero points one too high and
+random weights for a linear that is not there, without a word. So `quantize_config.json`, without which it stops, is
+written where it reads the folder rightly, and only there; it holds the same as config.json.
 Sources: gptqmodel 7.7.0, optimum 2.3.0 and auto-gptq 0.7.1, which read these folders in the tests.
 """
 
@@ -80,7 +80,7 @@ def layout(job: ExportJob, checkpoint_format: str | None = None) -> Layout:
         quantization_config=config,
         name=stored,
         num_codes=sum(linear.weight.numel() for linear in linears.values()),
-        files={"quantize_config.json": config} if stored == "gptq" else {},
+        files={"quantize_config.json": config} if stored == "gptq" and not job.ready.skipped else {},
     )
 
 
