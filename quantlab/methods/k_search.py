@@ -15,8 +15,9 @@ __all__ = ["fit_range", "fit_scale", "inverse", "rounded"]
 
 _STRETCHES = [step / 10 for step in range(-9, 10)]
 """Codes by which the end of a mirrored grid is moved."""
-_SPANS = [step * 0.15 for step in range(-14, 8)]
-"""Codes by which the length of a grid with a minimum is changed."""
+_SPANS = [0.0, *(step * 0.15 for step in range(-14, 8) if step)]
+"""Codes by which the length of a grid with a minimum is changed. The one that just spans comes first, while the offset
+is still its own: so nothing that is kept is worse."""
 
 
 def inverse(scale: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ def fit_range(x_gNK: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         codes = rounded(x_gNK - offset, inverse(span) * (steps + change), 0, steps)
         trial, moved, error = _fitted(x_gNK, codes, sums, -lowest)
         # False for NaN too: codes that are all alike have no scale.
-        better = (error < least) & (trial > 0)
+        better = error < least
         scale, offset = torch.where(better, trial, scale), torch.where(better, moved, offset)
         least = torch.where(better, error, least)
     return scale, 0.0 - (offset + lowest)

@@ -114,14 +114,14 @@ WEIGHT_FORMATS: Mapping[str, WeightFormat] = {
 
 _GGUF_TYPES = {
     "q8_0": "8 bits, a float16 scale per 32 inputs",
-    "q6_k": "6 bits, an 8-bit scale per 16 inputs, 256 to a float16 scale of scales",
-    "q5_k": "5 bits, 6-bit scale and minimum per 32 inputs, 256 to a pair of float16 scales of them",
+    "q6_k": "6 bits, an 8-bit scale per 16 inputs",
+    "q5_k": "5 bits, 6-bit scale and minimum per 32 inputs",
     "q5_1": "5 bits, float16 scale and minimum per 32 inputs",
     "q5_0": "5 bits, a float16 scale per 32 inputs",
-    "q4_k": "4 bits, 6-bit scale and minimum per 32 inputs, 256 to a pair of float16 scales of them",
+    "q4_k": "4 bits, 6-bit scale and minimum per 32 inputs",
     "q4_1": "4 bits, float16 scale and minimum per 32 inputs",
     "q4_0": "4 bits, a float16 scale per 32 inputs",
-    "q3_k": "3 bits, a 6-bit scale per 16 inputs, 256 to a float16 scale of scales",
+    "q3_k": "3 bits, a 6-bit scale per 16 inputs",
 }
 _FALLBACKS = {"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0", "q3_k": "q4_0"}
 """What llama.cpp, and so quantlab, stores of a K type where 256 does not divide the inputs."""

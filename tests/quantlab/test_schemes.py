@@ -270,8 +270,8 @@ def test_formats_are_weights() -> None:
         ("q8_0", "weights in GGUF's type q8_0: 8 bits, a float16 scale per 32 inputs"),
         (
             "q4_k",
-            "weights in GGUF's type q4_k: 4 bits, 6-bit scale and minimum per 32 inputs, 256 to a pair of float16 "
-            "scales of them; q5_0 where 256 does not divide the inputs",
+            "weights in GGUF's type q4_k: 4 bits, 6-bit scale and minimum per 32 inputs; q5_0 where 256 does not "
+            "divide the inputs",
         ),
     ],
 )

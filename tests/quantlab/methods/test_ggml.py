@@ -9,6 +9,7 @@ from torch import Tensor
 from quantlab.errors import CheckpointError, SchemeError
 from quantlab.layers.linear import QuantLinear
 from quantlab.methods.formats import FORMATS, quantize_format
+from quantlab.methods.k_search import fit_range, fit_scale
 from quantlab.numerics.block import BLOCK_TYPES, BlockTensor
 from quantlab.quantize import quantized
 from quantlab.schemes import WEIGHT_FORMATS, Scheme
@@ -126,8 +127,8 @@ def test_errors_are_no_worse_than_llama_cpps(kind: str, weights: str) -> None:
     weight_OI = WEIGHTS[weights](64, 1024)
     ours = squared_error(weight_OI, stored(kind, weight_OI).dequantize())
     theirs = squared_error(weight_OI, dequantized(llama_bytes(weight_OI, kind), kind))
-    # Sums over 65536 weights; the ratios measured on a million are 0.85 to 0.98.
-    assert ours <= 1.02 * theirs, f"{ours / theirs:.4f} of llama.cpp's"
+    # llama.cpp weights errors by the size of weights, so it does not aim at this sum. Found: 0.84 to 0.984.
+    assert ours <= theirs, f"{ours / theirs:.4f} of llama.cpp's"
 
 
 @pytest.mark.parametrize("weights", ["normal", "heavy tails", "off zero"])
@@ -137,6 +138,60 @@ def test_more_bits_leave_less_error(weights: str) -> None:
     assert errors["Q8_0"] < errors["Q6_K"] < errors["Q5_K"] < errors["Q4_K"] < errors["Q3_K"]
     # At the same bits of a code, and fewer in all, the K type is the better one.
     assert errors["Q5_K"] < errors["Q5_1"] < errors["Q4_1"] and errors["Q4_K"] < errors["Q4_1"]
+
+
+def sub_blocks(weight_OI: Tensor, size: int) -> Tensor:
+    """[g, O, K], as the search takes them."""
+    return weight_OI.unflatten(-1, (-1, size)).permute(2, 0, 1).contiguous()
+
+
+@pytest.mark.parametrize("shift", [-0.05, 0.0, 0.01, 0.2])
+@pytest.mark.parametrize("steps", [15, 31])
+def test_fitted_ranges_beat_the_one_that_just_spans(steps: int, shift: float) -> None:
+    x_gNK = sub_blocks(normal(seed=6).abs() + shift, 32)
+    scale, magnitude = fit_range(x_gNK, steps)
+    assert (scale > 0).all() and (magnitude >= 0).all()
+
+    def error(scale: Tensor, magnitude: Tensor) -> Tensor:
+        codes = ((x_gNK + magnitude).double() / scale).round().clamp(0, steps)
+        return (codes * scale - magnitude - x_gNK).square().sum(0)
+
+    low = x_gNK.amin(0).clamp(max=0)
+    plain = error((x_gNK.amax(0) - low) / steps, -low)
+    # The errors that the search compares are sums of float32 numbers as large as the squared distances from `low`.
+    slack = 16 * 2.0**-24 * (x_gNK - low).square().sum(0)
+    assert (error(scale, magnitude) <= plain + slack).all()
+    assert error(scale, magnitude).sum() < 0.95 * plain.sum()
+
+
+@pytest.mark.parametrize("steps", [15, 31])
+def test_fitted_ranges_move_with_an_outlier(steps: int) -> None:
+    weight_OI = normal(seed=6)
+    weight_OI[:, ::32] = 0.4
+    x_gNK = sub_blocks(weight_OI, 32)
+
+    def error(scale: Tensor, magnitude: Tensor) -> Tensor:
+        codes = ((x_gNK + magnitude).double() / scale).round().clamp(0, steps)
+        return (codes * scale - magnitude - x_gNK).square().sum()
+
+    low = x_gNK.amin(0)
+    plain = error((x_gNK.amax(0) - low) / steps, -low)
+    # Found: 0.83. Grids that start at the lowest weight whatever was found before leave 0.88.
+    assert error(*fit_range(x_gNK, steps)) < 0.86 * plain
+
+
+@pytest.mark.parametrize("half", [4, 32])
+def test_fitted_scales_beat_the_one_that_just_spans(half: int) -> None:
+    x_gNK = sub_blocks(normal(seed=7), 16)
+
+    def error(scale: Tensor) -> Tensor:
+        return ((x_gNK.double() / scale).round().clamp(-half, half - 1) * scale - x_gNK).square().sum(0)
+
+    peak = x_gNK.gather(0, x_gNK.abs().argmax(0, keepdim=True)).squeeze(0)
+    found, plain = error(fit_scale(x_gNK, half)), error(peak / -half)
+    # As above: the gain is of the size of the sum of squares.
+    assert (found <= plain + 16 * 2.0**-24 * x_gNK.square().sum(0)).all()
+    assert found.sum() < 0.95 * plain.sum()
 
 
 @pytest.mark.parametrize("kind", KINDS)
