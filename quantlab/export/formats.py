@@ -100,8 +100,8 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             "gguf",
-            "ggml's blocks: q8_0, q6_k, q5_k, q5_0, q5_1, q4_k, q4_0, q4_1, q3_k; for llama.cpp and transformers",
-            "q8_0, q6_k, q5_k, q5_0, q5_1, q4_k, q4_0, q4_1 and q3_k",
+            "ggml's blocks: q8_0, q6_k, q5_k, q5_0, q5_1, q4_k, q4_0, q4_1, q3_k, and F16 (w16); for llama.cpp",
+            "q8_0, q6_k, q5_k, q5_0, q5_1, q4_k, q4_0, q4_1 and q3_k, and w16 as floats",
             "quantlab.export.gguf",
             refusals.of_gguf,
             engines.of_gguf,

@@ -53,14 +53,23 @@ def size_keys(config: PretrainedConfig, name: str, vocab_size: int) -> dict[str,
 
 def note_of(config: PretrainedConfig) -> str:
     """What the file says otherwise than the config, in words; empty where it says the same."""
+    notes = []
     window, length = _window(config), _length(config)
-    if window is None or window >= length:
-        return ""
-    return (
-        f"attention looks back {window} tokens, which the file cannot say: its context_length is {window}, not "
-        f"{length}, and up to there it is the same"
-    )
+    if window is not None and window < length:
+        notes.append(
+            f"attention looks back {window} tokens, which the file cannot say: its context_length is {window}, not "
+            f"{length}, and up to there it is the same"
+        )
+    if config.model_type == "llama" and (config.attention_bias or config.mlp_bias):
+        notes.append(_BESIDES % "leaves the biases of a Llama out")
+    if config.model_type == "gpt2" and config.n_positions != 1024:
+        notes.append(_BESIDES % "takes GPT-2 at 1024 positions only")
+    if config.model_type == "qwen3" and _head_dim(config) != 128:
+        notes.append(_BESIDES % "takes Qwen3 with heads of 128 channels only")
+    return "; ".join(notes)
 
+
+_BESIDES = "transformers' GGUF reader (5.23) %s; llama.cpp and quantlab read the file as it is"
 
 _Read = Callable[[Any], Any]
 

@@ -73,7 +73,9 @@ def of_bitsandbytes(scheme: Scheme) -> str | None:
 
 
 def of_gguf(scheme: Scheme) -> str | None:
-    """ggml's block types by name."""
+    """ggml's block types by name, and floats: the checkpoint as it is."""
+    if scheme == Scheme():
+        return None
     return _beyond_weights(scheme) or _not_by_name(scheme, GGUF_TYPES)
 
 

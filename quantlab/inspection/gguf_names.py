@@ -9,6 +9,7 @@ Source: the tensor names and keys of the GGUF specification, and llama.cpp's con
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,6 +108,8 @@ TOKEN_IDS = {
     "padding": "pad_token_id",
 }
 """Key after `tokenizer.ggml.`, before `_token_id` -> key of config.json."""
+_BIASES = {"attn_q": "attention_bias", "ffn_gate": "mlp_bias"}
+"""Module whose bias tells -> key of a Llama's config.json."""
 _TENSOR = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<module>\w+)\.(?P<leaf>weight|bias)")
 
 
@@ -165,6 +168,8 @@ def config_of(header: GgufHeader, path: Path) -> dict[str, Any]:
     config: dict[str, Any] = {"model_type": architecture.model_type}
     if architecture.model_type == "llama":
         config |= _given(header, {f"{name}.rope.dimension_count": "head_dim"}, path)
+        # No key says so: llama.cpp uses the biases that it finds.
+        config |= {key: f"blk.0.{module}.bias" in header.tensors for module, key in _BIASES.items()}
     config |= _given(header, {f"{name}.{key}": value for key, value in architecture.sizes.items()}, path)
     config |= _given(
         header, {f"tokenizer.ggml.{key}_token_id": value for key, value in TOKEN_IDS.items()}, path
@@ -186,4 +191,6 @@ def _given(header: GgufHeader, keys: Mapping[str, str], path: Path) -> dict[str,
     for key, value in found.items():
         if isinstance(value, GgufArray | str):
             raise CheckpointError(f"{key} must be one number for all layers: {path} gives {value!r}.")
+        if not isfinite(value):
+            raise CheckpointError(f"{key} must be finite: {path} gives {value}.")
     return found
