@@ -131,12 +131,18 @@ def of_gguf(scheme: Scheme) -> tuple[Engine, ...]:
 
 def of_torchao(scheme: Scheme) -> tuple[Engine, ...]:
     """transformers, through torchao."""
-    return (Engine("transformers", "here", "smaller", "Through torchao."),)
+    assert scheme.weights is not None
+    takes = "" if scheme.weights.bits == 8 else f" A code of {scheme.weights.bits} bits takes a whole byte."
+    note = f"Through torchao; weights become floats in every forward pass.{takes}"
+    return (Engine("transformers", "here", "smaller", note),)
 
 
 def of_quanto(scheme: Scheme) -> tuple[Engine, ...]:
-    """optimum-quanto's own loader."""
-    return (Engine("quanto", "here", "smaller"),)
+    """optimum-quanto's own loader; transformers does not load what quanto saved."""
+    return (
+        Engine("quanto", "here", "smaller", "Weights become floats in every forward pass."),
+        Engine("transformers", "no", "smaller", "It makes such weights from floats, and loads none."),
+    )
 
 
 def of_quantlab(scheme: Scheme) -> tuple[Engine, ...]:

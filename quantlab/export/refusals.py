@@ -80,24 +80,19 @@ def of_gguf(scheme: Scheme) -> str | None:
 
 
 def of_torchao(scheme: Scheme) -> str | None:
-    """Weights alone: 8 bits per channel, 4 bits per channel or group."""
-    if reason := _beyond_weights(scheme) or _not_on_a_grid(scheme, (4, 8)):
-        return reason
-    assert isinstance(scheme.weights, TensorSpec)
-    return None if scheme.weights.symmetric else "weights need a symmetric grid"
+    """Weights alone: 2 to 8 bits per channel or group, with or without whole zero points."""
+    return _beyond_weights(scheme) or _not_on_a_grid(scheme, tuple(range(2, 9))) or _real_zeros(scheme)
 
 
 def of_quanto(scheme: Scheme) -> str | None:
-    """Weights alone: 8 bits per channel, 4 and 2 bits in groups with zero points."""
+    """Weights alone: 8 bits symmetric per channel; 4 and 2 bits per channel or group, zero points too."""
     if reason := _beyond_weights(scheme) or _not_on_a_grid(scheme, (2, 4, 8)):
         return reason
-    assert isinstance(scheme.weights, TensorSpec)
-    if scheme.weights.bits == 8 and (scheme.weights.granularity, scheme.weights.symmetric) != (
-        "channel",
-        True,
-    ):
+    weights = scheme.weights
+    assert isinstance(weights, TensorSpec)
+    if weights.bits == 8 and (weights.granularity, weights.symmetric) != ("channel", True):
         return "8-bit weights need a symmetric grid with a scale per channel"
-    return None
+    return _real_zeros(scheme)
 
 
 def of_quantlab(scheme: Scheme) -> str | None:

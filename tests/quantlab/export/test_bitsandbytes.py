@@ -1,7 +1,7 @@
 """bitsandbytes' folders: what transformers loads is our codes, and the model that bitsandbytes makes of the weights."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from quantlab.config import QuantizeConfig
 from quantlab.errors import CheckpointError, SchemeError
 from quantlab.export.bitsandbytes import pack_nibbles
+from quantlab.export.folder import export_checkpoint
 from quantlab.export.formats import find_format
 from quantlab.methods.formats import FORMATS
 from quantlab.reading import bitsandbytes as decoder
@@ -22,8 +24,11 @@ from tests.quantlab.bnb import load
 from tests.quantlab.export.toy_folders import (
     assert_decoded,
     chosen_codes,
+    damaged,
     dequantized_logits,
     export,
+    linear_outputs,
+    loaded,
     save_toy,
     simulated_logits,
     token_ids,
@@ -140,9 +145,7 @@ def test_the_cpu_kernel_only_rounds_to_bfloat16(folders: Path, scheme: str) -> N
     """Inputs, table, scales and outputs are rounded once each, sums are float32: no linear differs by more."""
     model = read(folders / f"llama-{scheme}")
     chosen = chosen_codes(folders / "llama", scheme)
-    seen = dict(captured(model, list(chosen)))
-    assert sorted(seen) == sorted(chosen)
-    for name, (x, y) in seen.items():
+    for name, (x, y) in linear_outputs(model, chosen).items():
         real = torch.from_numpy(chosen[name].real()).double()
         exact, sizes = x.double() @ real.t(), x.double().abs() @ real.abs().t()
         sums = x.shape[-1] * U_F32
@@ -151,25 +154,7 @@ def test_the_cpu_kernel_only_rounds_to_bfloat16(folders: Path, scheme: str) -> N
         assert (excess <= 0).all(), f"{name}: {excess.max():.3e} beyond the bound"
 
 
-def captured(model: Any, names: list[str]) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """Input and output of each linear in one forward pass."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def note(name: str) -> Callable[..., None]:
-        return lambda module, args, output: seen.update({name: (args[0], output)})
-
-    hooks = [model.get_submodule(name).register_forward_hook(note(name)) for name in names]
-    logits(model)
-    for hook in hooks:
-        hook.remove()
-    yield from seen.items()
-
-
 def test_a_skipped_linear_stays_as_it_is(folders: Path, tmp_path: Path) -> None:
-    from quantlab.config import QuantizeConfig
-    from quantlab.export.folder import export_checkpoint
-    from tests.quantlab.export.toy_folders import loaded
-
     skipped = "model.layers.1.mlp.up_proj"
     config = QuantizeConfig(skip=[skipped])
     export_checkpoint(
@@ -248,26 +233,47 @@ def test_narrow_linears_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-BROKEN = {
-    "no state": lambda t, n: t.pop(f"{n}.weight.quant_state.bitsandbytes__fp4"),
-    "no JSON": lambda t, n: t[f"{n}.weight.quant_state.bitsandbytes__fp4"].fill_(91),
-    "long JSON": lambda t, n: t.update(
-        {f"{n}.weight.quant_state.bitsandbytes__fp4": torch.zeros(5000).byte()}
+STATE = "quant_state.bitsandbytes__fp4"
+
+
+def state_of(**changes: Any) -> Tensor:
+    """A linear's JSON as bytes."""
+    body = {"quant_type": "fp4", "blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.1} | changes
+    return torch.tensor(list(json.dumps(body).encode()), dtype=torch.uint8)
+
+
+NAME = "model.layers.0.mlp.up_proj"
+BROKEN: dict[str, tuple[Callable[[dict[str, Tensor], str], object], str]] = {
+    "no state": (lambda t, n: t.pop(f"{n}.weight.{STATE}"), "lacks a tensor"),
+    "no JSON": (lambda t, n: t[f"{n}.weight.{STATE}"].fill_(91), "as a JSON object"),
+    "long JSON": (
+        lambda t, n: t.update({f"{n}.weight.{STATE}": torch.zeros(5000).byte()}),
+        "up to 4096 bytes",
     ),
-    "other shape": lambda t, n: t.update({f"{n}.weight": t[f"{n}.weight"][1:].clone()}),
-    "few scales": lambda t, n: t.update({f"{n}.weight.absmax": t[f"{n}.weight.absmax"][1:].clone()}),
-    "no table": lambda t, n: t.pop(f"{n}.weight.nested_quant_map"),
+    "other shape": (
+        lambda t, n: t.update({f"{n}.weight": t[f"{n}.weight"][1:].clone()}),
+        "fill their matrix",
+    ),
+    "few scales": (
+        lambda t, n: t.update({f"{n}.weight.absmax": t[f"{n}.weight.absmax"][1:].clone()}),
+        "as its format has it",
+    ),
+    "no table": (lambda t, n: t.pop(f"{n}.weight.nested_quant_map"), "lacks a tensor"),
+    "huge blocks": (
+        lambda t, n: t.update({f"{n}.weight.{STATE}": state_of(shape=[128, 64], blocksize=2**40)}),
+        "blocksize must be a whole number",
+    ),
+    "no offset": (
+        lambda t, n: t.update({f"{n}.weight.{STATE}": state_of(shape=[128, 64], nested_offset="1")}),
+        "must have an offset",
+    ),
+    "no shape": (lambda t, n: t.update({f"{n}.weight.{STATE}": state_of(shape=[-1, 64])}), "matrix's shape"),
 }
 
 
 @pytest.mark.parametrize("damage", BROKEN)
 def test_a_damaged_folder_is_refused(folders: Path, tmp_path: Path, damage: str) -> None:
-    from safetensors.torch import save_file
-
-    name = "model.layers.0.mlp.up_proj"
-    tensors = load_file(folders / "llama-fp4_dq" / "model.safetensors")
-    BROKEN[damage](tensors, name)
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "config.json").write_bytes((folders / "llama-fp4_dq" / "config.json").read_bytes())
-    with pytest.raises(CheckpointError):
-        decoder.decode(RawFolder(tmp_path), name)
+    change, message = BROKEN[damage]
+    raw = damaged(folders / "llama-fp4_dq", tmp_path / "out", change, NAME)
+    with pytest.raises(CheckpointError, match=message):
+        decoder.decode(raw, NAME)

@@ -1,16 +1,21 @@
 """Toy checkpoints of a chosen dtype, their exports, and our simulated model beside them."""
 
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from quantlab.config import CheckpointConfig, QuantizeConfig
 from quantlab.export.codes import as_decoded
 from quantlab.export.folder import export_checkpoint
+from quantlab.export.tensors import stored_dtype
 from quantlab.manifest import read_manifest
 from quantlab.models.loading import Checkpoint, load_checkpoint
 from quantlab.quantize import prepared, quantized
@@ -45,12 +50,13 @@ def token_ids() -> Tensor:
 
 def simulated_logits(source: Path, scheme: str) -> Tensor:
     """Logits of our simulated model, float32, from scales in the checkpoint's dtype."""
-    model = loaded(source).model
+    checkpoint = loaded(source)
+    config = QuantizeConfig(kernel="simulated")
     with (
         torch.no_grad(),
-        quantized(model, Scheme.parse(scheme), QuantizeConfig(kernel="simulated"), scale_dtype=model.dtype),
+        quantized(checkpoint.model, Scheme.parse(scheme), config, scale_dtype=_scale_dtype(checkpoint)),
     ):
-        logits: Tensor = model(token_ids()).logits
+        logits: Tensor = checkpoint.model(token_ids()).logits
     return logits.float()
 
 
@@ -67,9 +73,40 @@ def dequantized_logits(source: Path, chosen: dict[str, Decoded]) -> Tensor:
 
 def chosen_codes(source: Path, scheme: str) -> dict[str, Decoded]:
     """What our quantizer chooses, by linear."""
-    model = loaded(source).model
-    with prepared(model, Scheme.parse(scheme), scale_dtype=model.dtype) as ready:
+    checkpoint = loaded(source)
+    with prepared(checkpoint.model, Scheme.parse(scheme), scale_dtype=_scale_dtype(checkpoint)) as ready:
         return {name: as_decoded(ready.solve(name).quantized) for name in ready.linears}
+
+
+def _scale_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    return stored_dtype(checkpoint.model, checkpoint.info.source_precision)
+
+
+def damaged(
+    folder: Path, out: Path, change: Callable[[dict[str, Tensor], str], object], name: str
+) -> RawFolder:
+    """A copy of a folder of one file, its tensors changed; `name` is the linear that is passed on."""
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    change(tensors, name)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return RawFolder(out)
+
+
+def linear_outputs(model: Any, names: Iterable[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Input and output of each linear in one forward pass."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args, output: seen.update({name: (args[0], output)})
+
+    hooks = [model.get_submodule(name).register_forward_hook(note(name)) for name in names]
+    with torch.no_grad():
+        model(token_ids())
+    for hook in hooks:
+        hook.remove()
+    assert sorted(seen) == sorted(names)
+    return seen
 
 
 def assert_decoded(decoder: ModuleType, folder: Path, chosen: dict[str, Decoded]) -> None:
