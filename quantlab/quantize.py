@@ -44,7 +44,7 @@ from quantlab.layers.targets import Choice, Target, check_skip, choose_targets, 
 from quantlab.methods.solved import Solved
 from quantlab.numerics.static import Fixed, static_range
 from quantlab.records import fingerprint, source_hash
-from quantlab.schemes import TRANSFORMS, Scheme, TensorSpec, check_shapes, check_widths
+from quantlab.schemes import TRANSFORMS, Scheme, TensorSpec, WeightFormat, check_shapes, check_widths
 from quantlab.solutions import SolutionStore
 from quantlab.solving import Asked, solve_model, solve_one_by_one
 from quantlab.transforms.apply import guard_of, transform_
@@ -135,6 +135,8 @@ class Prepared:
     """Ranges of queries, keys and values, where the scheme needs them."""
     notes: tuple[str, ...]
     """What transforms have to say."""
+    weights_of: Callable[[str], TensorSpec | WeightFormat | None]
+    """The grid of one linear; None where it stays at 16 bits and its inputs do not."""
 
 
 @contextmanager
@@ -152,7 +154,11 @@ def prepared(
     """
     undo: Undo = []
     asked = Asked(scheme, config, scale_dtype)
-    try:
+    with ExitStack() as stack:
+        # Calibration then goes through the attention that `quantized` calibrates with.
+        if scheme.sites or scheme.head_sites:
+            stack.enter_context(attention_sites(model))
+        stack.callback(restore, undo)
         choice = _check(model, asked, calibrator)
         notes, done = _transform_(model, asked, calibrator, undo)
         choice = choose_targets(model, config.skip) if done else choice
@@ -167,9 +173,7 @@ def prepared(
 
         names = tuple(target.name for target in choice.chosen)
         skipped = tuple(target.name for target in choice.skipped)
-        yield Prepared(names, skipped, solve, bias, stats, attention, tuple(notes))
-    finally:
-        restore(undo)
+        yield Prepared(names, skipped, solve, bias, stats, attention, tuple(notes), asked.weights_of)
 
 
 def _apply(
@@ -230,8 +234,12 @@ def _transform_(
 def _check(model: nn.Module, asked: Asked, calibrator: Calibrator | None) -> Choice:
     """Everything that can be told before anything is changed; the linears that are chosen."""
     scheme, config = asked.scheme, asked.config
-    if any(isinstance(module, QuantLinear | FakeQuant) for module in model.modules()):
-        raise SchemeError("a model takes one scheme at a time: this one carries one already. Load it anew.")
+    carries = any(isinstance(module, QuantLinear | FakeQuant) for module in model.modules())
+    if carries and not scheme.is_baseline:
+        raise SchemeError(
+            "a model takes one scheme at a time: this one carries one already. Load it anew, or the checkpoint that "
+            "its folder was made from."
+        )
     if scheme.needs and calibrator is None:
         raise SchemeError(
             f"{scheme.name} needs calibration ({', '.join(sorted(scheme.needs))}): none was given. Give a calibrator."

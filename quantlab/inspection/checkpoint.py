@@ -7,8 +7,8 @@ while the weights load.
 
 import hashlib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from quantlab.inspection.resolving import resolve
 from quantlab.inspection.shapes import check_shapes, linears_of
 from quantlab.packaged import is_packaged
 
-__all__ = ["CheckpointInfo", "content_hash", "inspect_checkpoint", "resolve"]
+__all__ = ["CheckpointInfo", "content_hash", "inspect_checkpoint", "inspect_low_bit", "is_of", "resolve"]
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 """Name -> (dtype as the file names it, shape in torch's order)."""
@@ -64,6 +64,8 @@ class CheckpointInfo:
     """Rows of the input embedding; 0 where neither names nor config tell them, until it is loaded."""
     files: tuple[Path, ...]
     """Weight files."""
+    carries: str | None = None
+    """The scheme that a folder of low-bit weights is evaluated under, where it is loaded as what it is."""
 
 
 def inspect_checkpoint(config: CheckpointConfig) -> CheckpointInfo:
@@ -102,12 +104,43 @@ def content_hash(info: CheckpointInfo) -> str:
     return total.hexdigest()
 
 
+def inspect_low_bit(path: Path, linears: Collection[str], source: str) -> CheckpointInfo:
+    """A folder of low-bit weights in whatever format, of which only what keeps its precision is checked here.
+
+    Args:
+        linears: names of those in low bits; their tensors are left to the format's decoder.
+        source: what reports call its precision.
+
+    Raises:
+        CheckpointError: as `inspect_checkpoint`.
+    """
+    folder = open_folder(path)
+    model_type = check_config(folder.config, path / "config.json", trust_remote_code=False)
+    tensors = {
+        name: (tensor.dtype, tensor.shape)
+        for name, tensor in folder.tensors.items()
+        if not is_of(name, linears) or name.endswith(".bias")
+    }
+    name = path.resolve().name
+    return _info(
+        path, "huggingface", name, model_type, folder.config, tensors, (source, None), folder.weights
+    )
+
+
+def is_of(tensor: str, modules: Collection[str]) -> bool:
+    """Whether a tensor lies in one of the modules, going by its name."""
+    parts = tensor.split(".")
+    return any(".".join(parts[:end]) in modules for end in range(1, len(parts)))
+
+
 def _inspect_folder(path: Path, name: str, folder: Folder, *, trust_remote_code: bool) -> CheckpointInfo:
     config_file = path / "config.json"
     model_type = check_config(folder.config, config_file, trust_remote_code=trust_remote_code)
-    tensors = unpacked(folder.tensors)
     source = source_of_folder(folder.config, folder.tensors, path)
-    return _info(path, "huggingface", name, model_type, folder.config, tensors, source, folder.weights)
+    quantization = folder.config.get("quantization_config")
+    tensors = unpacked(folder.tensors, quantization, path)
+    info = _info(path, "huggingface", name, model_type, folder.config, tensors, source, folder.weights)
+    return replace(info, carries=source[1]) if source[0] == f"quantlab {source[1]}" else info
 
 
 def _inspect_gguf(path: Path) -> CheckpointInfo:

@@ -1,15 +1,18 @@
-"""Checkpoints that are already quantized, in compressed-tensors format: what grid they are on, and their true shapes.
+"""Checkpoints that are already quantized: what grid they are on, and their true shapes. No torch.
 
-Weights alone are taken: they are dequantized while they load, and the model says so. Quantized activations would have
-to be undone to apply another scheme, so such a checkpoint is refused, as are the formats of other methods. No torch.
+In compressed-tensors format weights alone are taken: they are dequantized while they load, and the model says so.
+Quantized activations would have to be undone to apply another scheme, so such a checkpoint is refused, as are the
+formats of other methods. A folder in quantlab's own format is loaded as what it is, scheme and all.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quantlab.errors import CheckpointError
+from quantlab.errors import CheckpointError, SchemeError
 from quantlab.inspection.safetensors_header import StoredTensor, read_int64s
+from quantlab.reading import quantlab_format
+from quantlab.schemes import Scheme
 
 _BESIDE = (".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx", ".weight_global_scale")
 """Tensors that describe a quantized weight."""
@@ -22,6 +25,9 @@ def source_of_quantized(quantization: Any, path: Path) -> tuple[str, str | None]
         CheckpointError: another method's format, or quantized activations.
     """
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method == "quantlab":
+        carried = carried_scheme(quantization, path).name
+        return f"quantlab {carried}", carried
     if method != "compressed-tensors":
         raise CheckpointError(
             f"checkpoint must be in floats or in compressed-tensors: {path} was quantized by {method!r}. Use the "
@@ -44,11 +50,33 @@ def source_of_quantized(quantization: Any, path: Path) -> tuple[str, str | None]
     return f"dequantized {scheme or 'compressed-tensors'}", scheme
 
 
-def unpacked(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def carried_scheme(quantization: Mapping[str, Any], path: Path) -> Scheme:
+    """The scheme that a folder in quantlab's own format carries.
+
+    Raises:
+        CheckpointError: it names none.
+    """
+    name = quantization.get("scheme")
+    try:
+        if isinstance(name, str) and len(name) <= 200 and not Scheme.parse(name).is_baseline:
+            return Scheme.parse(name)
+    except SchemeError:
+        pass
+    raise CheckpointError(f"quantization_config must name a scheme: that of {path} has {str(name)[:80]!r}.")
+
+
+def unpacked(
+    tensors: Mapping[str, StoredTensor], quantization: Any = None, path: Path = Path()
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name -> (dtype, shape) as the dense model has them: packed weights in their own shape, no scales.
 
     A dense checkpoint's tensors come back as they are.
+
+    Raises:
+        CheckpointError: a quantization_config of quantlab's own that is not one.
     """
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "quantlab":
+        return _of_quantlab(tensors, quantization, path)
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, tensor in tensors.items():
         module = name.removesuffix(".weight_packed")
@@ -57,6 +85,15 @@ def unpacked(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[str, tuple[
         elif not name.endswith(_BESIDE):
             shapes[name] = (tensor.dtype, tensor.shape)
     return shapes
+
+
+def _of_quantlab(
+    tensors: Mapping[str, StoredTensor], quantization: Mapping[str, Any], path: Path
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    linears = quantlab_format.shapes(quantization, str(path))
+    own = {f"{name}.{leaf}" for name in linears for leaf in quantlab_format.LEAVES}
+    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items() if name not in own}
+    return shapes | {f"{name}.weight": ("U8", shape) for name, shape in linears.items()}
 
 
 def _scheme_of(weights: Mapping[str, Any]) -> str | None:

@@ -31,6 +31,7 @@ from quantlab.inspection.families import Family, family_of
 from quantlab.inspection.gguf_header import read_gguf
 from quantlab.inspection.gguf_names import config_of
 from quantlab.models.gguf_weights import read_weights
+from quantlab.schemes import Scheme
 
 __all__ = ["Checkpoint", "load_checkpoint", "resolve_device", "resolve_dtype"]
 
@@ -43,6 +44,8 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerBase
     info: CheckpointInfo
     family: Family
+    scheme: Scheme | None = None
+    """What the model carries already, where it comes from a folder of low-bit weights."""
 
 
 def load_checkpoint(config: CheckpointConfig, info: CheckpointInfo | None = None) -> Checkpoint:
@@ -58,16 +61,25 @@ def load_checkpoint(config: CheckpointConfig, info: CheckpointInfo | None = None
     """
     device = resolve_device(config.device)
     info = info or inspect_checkpoint(config)
-    with _quiet(), _one_sentence(info.path):
+    if info.carries is not None:
+        from quantlab.models.low_bit import load_low_bit
+
+        return load_low_bit(info.path, dtype=config.dtype, device=config.device, info=info)
+    with quiet(), one_sentence(info.path):
         load = _load_gguf if info.kind == "gguf" else _load_folder
         model, report = load(info, resolve_dtype(config.dtype, device), config.trust_remote_code)
-        _check_complete(report, info.path)
-        tokenizer = _load_tokenizer(info, config.trust_remote_code)
+        check_complete(report, info.path)
+        tokenizer = load_tokenizer(info, config.trust_remote_code)
         model = model.to(device).eval().requires_grad_(False)
-        _check_finite(model, info.path)
-        if (rows := model.get_input_embeddings().weight.shape[0]) != info.vocab_size:
-            info = replace(info, vocab_size=rows)
+        check_finite(model, info.path)
+        info = with_rows(info, model)
     return Checkpoint(model, tokenizer, info, family_of(info.model_type, info.variant))
+
+
+def with_rows(info: CheckpointInfo, model: PreTrainedModel) -> CheckpointInfo:
+    """The same with the rows that the model's input embedding has."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    return info if rows == info.vocab_size else replace(info, vocab_size=rows)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -103,8 +115,7 @@ def _load_folder(
         info.path,
         config=config,
         dtype=dtype,
-        # Named, since a config.json may name another one, which transformers would fetch and run.
-        attn_implementation="sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager",
+        attn_implementation=attention_of(model_class),
         trust_remote_code=trusted,
         use_safetensors=True,
         local_files_only=True,
@@ -113,6 +124,11 @@ def _load_folder(
         output_loading_info=True,
     )
     return model, report
+
+
+def attention_of(model_class: Any) -> str:
+    """The attention that a class is loaded with: named, since a config.json may name one to fetch and run."""
+    return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
 
 
 def _load_gguf(
@@ -134,7 +150,7 @@ def _load_gguf(
     return model, report
 
 
-def _load_tokenizer(info: CheckpointInfo, trusted: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(info: CheckpointInfo, trusted: bool) -> PreTrainedTokenizerBase:
     if info.kind == "gguf":
         # Built directly: from_pretrained would prefer any tokenizer.json that lies beside the file.
         tokenizer = PreTrainedTokenizerFast(name_or_path=str(info.path.parent), gguf_file=info.path.name)
@@ -144,7 +160,7 @@ def _load_tokenizer(info: CheckpointInfo, trusted: bool) -> PreTrainedTokenizerB
     return tokenizer
 
 
-def _check_complete(report: Mapping[str, Any], path: Path) -> None:
+def check_complete(report: Mapping[str, Any], path: Path) -> None:
     """Every weight of the model came from the checkpoint, and every tensor of the checkpoint went into it."""
     if mismatched := sorted(report["mismatched_keys"]):
         name, found, expected = mismatched[0]
@@ -167,7 +183,7 @@ def _more(found: list[Any]) -> str:
     return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
 
 
-def _check_finite(model: PreTrainedModel, path: Path) -> None:
+def check_finite(model: PreTrainedModel, path: Path) -> None:
     """Every parameter and buffer is free of NaN and Inf, in the dtype it was loaded to."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not tensor.is_floating_point() or not tensor.numel():
@@ -183,8 +199,8 @@ def _check_finite(model: PreTrainedModel, path: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and reports, which `_check_complete` turns into errors."""
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and reports, which `check_complete` turns into errors."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -197,7 +213,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _one_sentence(path: Path) -> Iterator[None]:
+def one_sentence(path: Path) -> Iterator[None]:
     """Whatever transformers raises about a checkpoint that passed inspection, as one sentence."""
     try:
         yield
