@@ -42,6 +42,7 @@ from quantlab.layers.sites import (
 )
 from quantlab.layers.targets import Choice, Target, check_skip, choose_targets, is_skipped
 from quantlab.methods.solved import Solved
+from quantlab.numerics.block import BlockTensor
 from quantlab.numerics.static import Fixed, static_range
 from quantlab.records import fingerprint, source_hash
 from quantlab.schemes import TRANSFORMS, Scheme, TensorSpec, WeightFormat, check_shapes, check_widths
@@ -306,6 +307,10 @@ def _swap_linear(model: nn.Module, target: Target, work: _Work, undo: Undo) -> C
         why += f"-{scheme.method}"
     why = ": ".join(filter(None, (why, reason, solved.note if solved else "")))
     bits = 16 if weights is None else weights.bits
+    if solved is not None and isinstance(solved.quantized, BlockTensor):
+        bits = (
+            solved.quantized.bits
+        )  # of the type that is stored, which may be another than the one asked for
     return Change(target.name, "swapped", why, bits, target.num_weights, kernel, storage_bits)
 
 

@@ -49,7 +49,7 @@ def choose_kernel(
     if weights is None:
         return "simulated", "16-bit weights have no integer product"
     if isinstance(weights, WeightFormat):
-        return "simulated", f"codes of {weights.name} are no integers"
+        return "simulated", f"{weights.name} has no integer product"
     if inputs.granularity in ("channel", "group"):
         return "simulated", f"a scale per {inputs.granularity} of inputs cannot leave an integer sum"
     if weights.group_size is not None and (
