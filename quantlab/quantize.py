@@ -308,9 +308,8 @@ def _swap_linear(model: nn.Module, target: Target, work: _Work, undo: Undo) -> C
     why = ": ".join(filter(None, (why, reason, solved.note if solved else "")))
     bits = 16 if weights is None else weights.bits
     if solved is not None and isinstance(solved.quantized, BlockTensor):
-        bits = (
-            solved.quantized.bits
-        )  # of the type that is stored, which may be another than the one asked for
+        # Of the type that is stored, which may be another than the one asked for.
+        bits = solved.quantized.bits
     return Change(target.name, "swapped", why, bits, target.num_weights, kernel, storage_bits)
 
 
