@@ -14,8 +14,8 @@ from quantlab.verify.certificate import Row, State
 from quantlab.verify.config import VerifyConfig
 from quantlab.verify.process import Answer, ReaderError, ask
 from quantlab.verify.questions import make_request
-from quantlab.verify.readers import arithmetic_of, block_size_of, engine_file, python_of
-from quantlab.verify.simulated import ARITHMETICS, forward_of, load_simulated
+from quantlab.verify.readers import arithmetic_of, engine_file, python_of
+from quantlab.verify.simulated import ARITHMETICS, forward_of, load_simulated, reference_of
 from quantlab.verify.sources import Source
 from quantlab.verify.worker import respond
 
@@ -42,8 +42,8 @@ class Matrix:
     ) -> None:
         self._folder, self._source, self._config = folder, source, config
         self._scheme, self._format = scheme, format_name
-        model, tokenizer = load_simulated(folder, source)
-        self.request = make_request(tokenizer, config, model.get_input_embeddings().weight.shape[0])
+        ours = load_simulated(folder, source)
+        self.request = make_request(ours.tokenizer, config, ours.info.vocab_size)
         # Kept by arithmetic: engines of one folder mostly share it.
         self._plain: Callable[[str], Answer] = cache(self._in_arithmetic)
 
@@ -68,10 +68,8 @@ class Matrix:
         arithmetic = answer.arithmetic or arithmetic_of(engine.name, self._format, self._scheme)
         if arithmetic not in ARITHMETICS:
             raise ReaderError(f"it computes in {arithmetic!r}, which nothing here can be compared with")
-        ours = self._plain(self._own())
-        found = compare(
-            answer, arithmetic, ours, self._plain("float64"), self._plain(arithmetic), self.request
-        )
+        reference, plain = self._plain(reference_of(arithmetic)), self._plain(arithmetic)
+        found = compare(answer, arithmetic, self._plain("float32"), reference, plain, self.request)
         reason = (
             "" if found.agrees else f"gaps are beyond what {arithmetic} explains: {_places(found.beyond)}"
         )
@@ -79,16 +77,11 @@ class Matrix:
         state: State = "agrees" if found.agrees else "disagrees"
         return Row(engine, state, reason, answer.versions, found, answer.peak_bytes, seconds)
 
-    def _own(self) -> str:
-        """What our model itself computes in: inputs are rounded where that is part of the scheme."""
-        own = arithmetic_of("quantlab", self._format, self._scheme)
-        return own if own == "a8" else "float32"
-
     def _in_arithmetic(self, name: str) -> Answer:
-        """Our model's answer; rows are scored only in the arithmetic that answers are compared in."""
-        model, _ = load_simulated(self._folder, self._source, name, block_size_of(self._scheme, name))
+        """Our model's answer; rows are scored only in float32, which predictions are compared with."""
+        model = load_simulated(self._folder, self._source, name).model
         asked: dict[str, Any] = dict(self.request.arrays())
-        if name != self._own():
+        if name != "float32":
             nothing = np.zeros(0, dtype=np.int64)
             asked |= {"row_ids": nothing, "row_lengths": nothing, "row_starts": nothing}
         found = respond(forward_of(model), asked)

@@ -12,7 +12,7 @@ import quantlab
 from quantlab.schemes import Scheme
 from quantlab.verify.config import VerifyConfig
 
-__all__ = ["arithmetic_of", "block_size_of", "engine_file", "python_of"]
+__all__ = ["arithmetic_of", "engine_file", "python_of"]
 
 ENGINES = Path(__file__).with_name("engines")
 """Where the engines' files are."""
@@ -56,19 +56,12 @@ def arithmetic_of(engine: str, format_name: str, scheme: Scheme) -> str:
     if engine == "llama_cpp":
         return "q8"
     if scheme.activations is not None or scheme.format == "llm_int8":
-        return "a8"
+        return "inputs"
     # gptqmodel's kernels for CPUs are of 16 bits, whatever a model is loaded in.
     if engine == "gptqmodel" or (engine == "transformers" and format_name in _THROUGH):
         return "float16"
     # So are those of bitsandbytes: block scales are rounded to bfloat16 before the first product.
     return "bfloat16" if format_name == "bitsandbytes" else "float32"
-
-
-def block_size_of(scheme: Scheme, arithmetic: str) -> int | None:
-    """Inputs that share a scale where the arithmetic rounds them; none means all of a token."""
-    if arithmetic != "q8":
-        return None
-    return 256 if str(scheme.format).endswith("_k") else 32
 
 
 def _is_here(package: str) -> bool:

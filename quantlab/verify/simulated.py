@@ -1,68 +1,67 @@
-"""Our simulated model of a folder: a dense transformers model that holds the decoded weights, in several arithmetics.
+"""Our simulated model of a folder: the decoded weights in a model of transformers, in several arithmetics.
 
-Weights are what the independent decoder finds, in float32; the rest is what the folder keeps. Every tensor of the
-folder must have its place in the model and the other way round.
-
-    float64                       the reference
-    float32, bfloat16, float16    parameters in that dtype, and what transformers computes with them
-    q8                            float32, inputs of linears rounded as llama.cpp does it: blocks of 32, or of 256
+    float64                       the reference: as the next line, in float64
+    float32, bfloat16, float16    parameters in that dtype, and what transformers computes with them; what the scheme
+                                  rounds besides weights is rounded
+    q8                            float32, inputs of linears rounded as llama.cpp does it: in blocks of 32, of 256
                                   beside K types, scale = absmax / 127
-    a8                            float32, inputs of linears rounded per token, scale = absmax / 127
+    inputs                        float32: of engines that round inputs of linears as the scheme says
+    unrounded                     float64 without that rounding: what `inputs` is measured against
 
-T tokens, V vocabulary, D hidden size.
+Every tensor of the folder has its place in the model and the other way round. T tokens, V vocabulary, D hidden size.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from quantlab.config import CheckpointConfig
-from quantlab.errors import CheckpointError
-from quantlab.models.loading import load_checkpoint
-from quantlab.verify.sources import GGUF, RawSource, Source
+from quantlab.layers.linear import QuantLinear, weight_of
+from quantlab.models.loading import Checkpoint, load_checkpoint
+from quantlab.models.low_bit import load_low_bit
+from quantlab.verify.sources import GGUF, Source
 
-__all__ = ["ARITHMETICS", "Forward", "forward_of", "load_simulated"]
+__all__ = ["ARITHMETICS", "Forward", "forward_of", "load_simulated", "reference_of"]
 
 Forward = Callable[[list[int]], tuple[NDArray[np.float32], list[NDArray[np.float32]] | None]]
 
-ARITHMETICS = ("float32", "bfloat16", "float16", "q8", "a8")
-"""What a reader may compute in."""
+ARITHMETICS = ("float32", "bfloat16", "float16", "q8", "inputs")
+"""What an engine may compute in."""
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
-def load_simulated(
-    folder: Path, source: Source, arithmetic: str = "float32", block_size: int | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The dense model of a folder, computing in an arithmetic, and its tokenizer.
-
-    Args:
-        arithmetic: `float64` or one of `ARITHMETICS`.
-        block_size: inputs that share a scale where inputs are rounded, if it divides their number, else 32; none means
-            all of a token.
+def load_simulated(folder: Path, source: Source, arithmetic: str = "float32") -> Checkpoint:
+    """The model of a folder, computing in an arithmetic of those above, on the CPU.
 
     Raises:
-        CheckpointError: a tensor too many, one too few, or one of another shape.
+        CheckpointError: a tensor too many, one too few, one of another shape, or not finite.
+        SchemeError: the scheme cannot be put on this model.
     """
+    dtype = arithmetic if arithmetic in _DTYPES else "float64" if arithmetic == "unrounded" else "float32"
     if (folder / GGUF).exists():
-        checkpoint = load_checkpoint(CheckpointConfig(path=str(folder / GGUF), device="cpu", dtype="float32"))
-        model, tokenizer = checkpoint.model, checkpoint.tokenizer
+        config = CheckpointConfig(path=str(folder / GGUF), device="cpu", dtype="float32")
+        checkpoint = load_checkpoint(config)
+        # Buffers stay as they are, as in a model that is loaded in the dtype: frequencies need float32.
+        for parameter in checkpoint.model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, dtype))
     else:
-        assert isinstance(source, RawSource)
-        model = _dense_model(folder, source)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    _compute_in_(model, arithmetic, block_size)
-    return model, tokenizer
+        checkpoint = load_low_bit(folder, dtype=dtype, device="cpu", kernel="simulated")
+    if arithmetic == "q8":
+        _round_inputs_(checkpoint.model, source.rounded_inputs())
+    if arithmetic == "unrounded":
+        _leave_inputs_(checkpoint.model)
+    return checkpoint
+
+
+def reference_of(arithmetic: str) -> str:
+    """What answers in an arithmetic are measured against."""
+    return "unrounded" if arithmetic == "inputs" else "float64"
 
 
 def forward_of(model: PreTrainedModel) -> Forward:
@@ -77,47 +76,18 @@ def forward_of(model: PreTrainedModel) -> Forward:
     return forward
 
 
-def _dense_model(folder: Path, source: RawSource) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    del config.quantization_config
-    model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-        None,
-        config=config,
-        state_dict=_dense(source),
-        dtype=torch.float32,
-        attn_implementation="eager",
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
-    _check_places(report, folder)
-    dense: PreTrainedModel = model.eval().requires_grad_(False)
-    return dense
-
-
-def _compute_in_(model: PreTrainedModel, arithmetic: str, block_size: int | None) -> None:
-    if arithmetic in ("q8", "a8"):
-        for place, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear):
-                model.set_submodule(place, _Rounded(module, block_size))
-        return
-    # Buffers stay as they are, as in a model that is loaded in the dtype: frequencies of positions need float32.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(getattr(torch, arithmetic))
-
-
 class _Rounded(nn.Module):
-    """A linear whose inputs are rounded to 8 bits."""
+    """A linear whose inputs are rounded to 8 bits, `block_size` of them to a scale."""
 
-    def __init__(self, linear: nn.Linear, block_size: int | None) -> None:
+    def __init__(self, linear: nn.Linear | Conv1D, block_size: int) -> None:
         super().__init__()
-        self.linear = linear
-        size = linear.in_features
-        self.block_size = size if block_size is None else block_size if size % block_size == 0 else 32
+        self.linear, self.block_size = linear, block_size
 
     @property
     def weight(self) -> Tensor:
         """The linear's own, which some models look at."""
-        return self.linear.weight
+        weight: Tensor = self.linear.weight
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         blocks = x.unflatten(-1, (-1, self.block_size))
@@ -127,26 +97,15 @@ class _Rounded(nn.Module):
         return output
 
 
-def _dense(source: RawSource) -> dict[str, Tensor]:
-    """Every tensor of a plain checkpoint: decoded weights, and what the folder keeps."""
-    state = {f"{name}.weight": torch.from_numpy(source.decode(name).real()) for name in source.linears()}
-    for name in sorted(source.raw.tensors.keys() - source.coded()):
-        stored = source.raw.tensors[name]
-        if stored.dtype in ("F64", "F32", "F16", "BF16"):
-            state[name] = torch.from_numpy(source.raw.floats(name))
-        else:
-            state[name] = torch.from_numpy(np.array(source.raw.array(name)))
-    return state
+def _round_inputs_(model: nn.Module, sizes: dict[str, int]) -> None:
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear | Conv1D) and name in sizes:
+            assert weight_of(module).shape[1] % sizes[name] == 0, "blocks of a type fill its rows"
+            model.set_submodule(name, _Rounded(module, sizes[name]))
 
 
-def _check_places(report: Mapping[str, Any], folder: Path) -> None:
-    faults = {
-        "lacks weights of its model": report["missing_keys"],
-        "holds tensors that its model has no place for": report["unexpected_keys"],
-        "holds tensors of another shape than its model": [key[0] for key in report["mismatched_keys"]],
-    }
-    for fault, names in faults.items():
-        if names:
-            raise CheckpointError(
-                f"folder must hold exactly its model: {folder} {fault}: {min(names)!r}. Export again."
-            )
+def _leave_inputs_(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.real_weight, module.codes = module.weight, None
+            module.inputs = None

@@ -4,13 +4,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from quantlab.inspection.gguf_header import read_gguf
+from quantlab.inspection.gguf_header import GgufTensor, read_gguf
 from quantlab.inspection.gguf_names import architecture_of, hf_name
 from quantlab.reading.decoded import Decoded
 from quantlab.reading.raw import RawFolder
 from quantlab.reading.readers import decoder_of
 
-__all__ = ["GGUF", "RawSource", "Source", "source_of"]
+__all__ = ["GGUF", "Source", "source_of"]
 
 GGUF = "model.gguf"
 
@@ -27,32 +27,39 @@ class Source(Protocol):
     def num_bytes(self) -> int:
         """Bytes of the tensors that stand for weights in low bits."""
 
+    def rounded_inputs(self) -> dict[str, int]:
+        """Linears whose inputs llama.cpp rounds -> how many share a scale."""
 
-class RawSource:
+
+class _RawSource:
     """A folder of safetensors."""
 
     def __init__(self, folder: Path) -> None:
-        self.raw = RawFolder(folder)
-        self._decoder = decoder_of(self.raw)
+        self._raw = RawFolder(folder)
+        self._decoder = decoder_of(self._raw)
 
     def linears(self) -> list[str]:
         """Names of the linears in low bits."""
-        return self._decoder.linears(self.raw)
+        return self._decoder.linears(self._raw)
 
     def decode(self, name: str) -> Decoded:
         """Codes and scales of one of them."""
-        return self._decoder.decode(self.raw, name)
+        return self._decoder.decode(self._raw, name)
 
     def num_bytes(self) -> int:
         """Bytes of the tensors that stand for weights in low bits."""
-        return sum(self.raw.tensors[name].end - self.raw.tensors[name].begin for name in self.coded())
+        return sum(self._raw.tensors[name].end - self._raw.tensors[name].begin for name in self._coded())
 
-    def coded(self) -> set[str]:
+    def rounded_inputs(self) -> dict[str, int]:
+        """None: llama.cpp does not read it."""
+        return {}
+
+    def _coded(self) -> set[str]:
         """Names of the tensors that stand for weights in low bits: all of a linear's but its bias."""
         linears = self.linears()
         prefixes = tuple(f"{linear}." for linear in linears)
         biases = {f"{linear}.bias" for linear in linears}
-        return {name for name in self.raw.tensors if name.startswith(prefixes) and name not in biases}
+        return {name for name in self._raw.tensors if name.startswith(prefixes) and name not in biases}
 
 
 class _GgufSource:
@@ -78,6 +85,26 @@ class _GgufSource:
             if hf_name(name, architecture, self._file)[0] in weights
         )
 
+    def rounded_inputs(self) -> dict[str, int]:
+        # llama.cpp's `vec_dot_type`: K types are multiplied with blocks of 256, the others with blocks of 32.
+        header = read_gguf(self._file)
+        architecture = architecture_of(header, self._file)
+        sizes = {
+            hf_name(name, architecture, self._file)[0].removesuffix(".weight"): _block(tensor)
+            for name, tensor in header.tensors.items()
+            if _block(tensor)
+        }
+        embedding = header.tensors.get("token_embd.weight")
+        if embedding is not None and _block(embedding) and "output.weight" not in header.tensors:
+            sizes["lm_head"] = _block(embedding)  # tied
+        return sizes
+
+
+def _block(tensor: GgufTensor) -> int:
+    """Inputs that llama.cpp rounds together before it multiplies with such a tensor; 0 where it rounds none."""
+    kind = tensor.type.name
+    return 256 if kind.endswith("_K") else 32 if kind.startswith("Q") else 0
+
 
 def source_of(folder: Path) -> Source:
     """The codes of a folder.
@@ -86,4 +113,4 @@ def source_of(folder: Path) -> Source:
         CheckpointError: it is damaged, or in no format that is read here.
     """
     file = folder / GGUF
-    return _GgufSource(file) if file.exists() else RawSource(folder)
+    return _GgufSource(file) if file.exists() else _RawSource(folder)

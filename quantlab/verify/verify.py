@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from quantlab.errors import CheckpointError, ConfigError, VerificationError, nearest
+from quantlab.errors import CheckpointError, ConfigError, SchemeError, VerificationError, nearest
 from quantlab.export.engines import Engine
 from quantlab.export.formats import find_format
 from quantlab.inspection.folder import read_object
@@ -78,7 +78,7 @@ def _examined(
             matrix = Matrix(folder, source, scheme, format_name, config)
             dataset, num_documents = matrix.request.dataset_sha256, len(matrix.request.documents)
             rows = tuple(matrix.row(engine, advance) for engine in engines)
-    except CheckpointError as error:
+    except (CheckpointError, SchemeError) as error:
         broken = str(error).replace(str(folder), folder.name).rstrip(".")
     return Certificate(
         scheme=scheme.name,

@@ -1,7 +1,7 @@
 """llama.cpp through llama-cpp-python: folders of gguf on a CPU. Stand-alone: no quantlab.
 
-It rounds inputs of linears to 8 bits in blocks, as fits the type of the weights (`q8`). Its cache is kept in float32 here
-and flash attention is off, so that nothing else is rounded. It tells no hidden states.
+It rounds inputs of linears to 8 bits in blocks, as fits the type of the weights (`q8`). Its cache is kept in float32
+here and flash attention is off, so that nothing else is rounded. It tells no hidden states.
 """
 
 from collections.abc import Callable
@@ -29,10 +29,20 @@ def VERSIONS() -> dict[str, str]:
 
 def load(folder: str) -> Forward:
     """The only .gguf file of a folder: token ids -> logits [T, V], float32."""
-    from llama_cpp import Llama
+    import llama_cpp
 
+    defaults = llama_cpp.llama_cpp.llama_model_default_params
+
+    def without_extra_buffers() -> Any:
+        params = defaults()
+        # Its AMX kernels crash where the machine has the instructions and the system does not allow them.
+        params.use_extra_bufts = False
+        return params
+
+    # Llama takes no such option; this process runs nothing else.
+    llama_cpp.llama_cpp.llama_model_default_params = without_extra_buffers
     (file,) = sorted(Path(folder).glob("*.gguf"))
-    model: Any = Llama(
+    model: Any = llama_cpp.Llama(
         str(file),
         n_ctx=_NUM_TOKENS,
         n_batch=_NUM_TOKENS,

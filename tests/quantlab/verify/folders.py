@@ -55,8 +55,8 @@ def changed_json(file: Path, **changes: Any) -> None:
 
 def request_of(folder: Path, config: VerifyConfig = CONFIG) -> Request:
     """What an engine will be asked about the folder."""
-    model, tokenizer = load_simulated(folder, source_of(folder))
-    return make_request(tokenizer, config, model.get_input_embeddings().weight.shape[0])
+    ours = load_simulated(folder, source_of(folder))
+    return make_request(ours.tokenizer, config, ours.info.vocab_size)
 
 
 ENGINE = """
@@ -86,7 +86,7 @@ def load(folder):
 def fake_engine(room: Path, folder: Path, change: str = "", config: VerifyConfig = CONFIG) -> Path:
     """A folder of engines whose `transformers` knows our model's answers by heart, and then does `change`."""
     room.mkdir(parents=True, exist_ok=True)
-    model, _ = load_simulated(folder, source_of(folder))
+    model = load_simulated(folder, source_of(folder)).model
     forward, request, answers = forward_of(model), request_of(folder, config), {}
     for ids in [*(row[:-1].tolist() for row in request.rows), *(row.tolist() for row in request.probes)]:
         logits, hidden = forward(ids)

@@ -109,8 +109,8 @@ def drop_norm(tensors: Tensors) -> None:
         (lose_scale, f"scales must be finite: {LINEAR}"),
         (add_linear, "linears of the folder must be in its manifest: model.layers.2.mlp.up_proj"),
         (drop_linear, f"linears of the manifest must be in the folder: {LINEAR}"),
-        (add_tensor, "holds tensors that its model has no place for: 'model.layers.0.extra'"),
-        (drop_norm, "lacks weights of its model: 'model.norm.weight'"),
+        (add_tensor, "has no place for"),
+        (drop_norm, "has no 'model.norm.weight'"),
     ],
 )
 def test_a_change_under_a_new_seal_is_named_and_certified_as_failed(
