@@ -174,6 +174,7 @@ def _write(
             engines=form.engines(job.scheme),
             wider=wider,
             notes=_notes(job),
+            scale_dtype=form.scale_dtype or "",
         )
         (folder / "README.md").write_text(model_card(facts, scores), encoding="utf-8")
         write_json(folder / "recipe.json", _recipe(facts, config, made_by))

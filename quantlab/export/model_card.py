@@ -44,7 +44,7 @@ class CardFacts:
     source_precision: str
     """What the checkpoint's weights were: `bfloat16`, or `dequantized Q4_1`."""
     stored_dtype: str
-    """Dtype of scales and of everything that keeps its precision."""
+    """Dtype of everything that keeps its precision, and of scales where `scale_dtype` is empty."""
     num_swapped: int
     skipped: Sequence[str]
     """Decoder linears that keep their precision because the user skipped them."""
@@ -59,6 +59,8 @@ class CardFacts:
     """Tensors that the stored dtype would round, stored in their own."""
     notes: tuple[str, ...] = ()
     """What methods and transforms did otherwise than asked, or untied."""
+    scale_dtype: str = ""
+    """Dtype of scales where the format fixes another."""
 
 
 def matching_scores(
@@ -112,7 +114,7 @@ def model_card(facts: CardFacts, scores: Scores) -> str:
         f"Low-bit weights of {_escaped(facts.base_model)}, made by quantlab {quantlab.__version__}.",
         "## What is quantized\n\n" + _table(("", ""), _facts_rows(facts)),
         *_warnings(facts),
-        "## Scores\n\n" + _scores_text(scores, facts.stored_dtype),
+        "## Scores\n\n" + _scores_text(scores, facts.scale_dtype or facts.stored_dtype),
         "## Loading\n\n" + USAGE[facts.format_name],
         "## Engines\n\n" + engines_table(facts.engines),
         "`MANIFEST.json` holds the sha256 and size of every file; `recipe.json` says how the weights were made.",
@@ -196,7 +198,7 @@ def _facts_rows(facts: CardFacts) -> list[tuple[str, str]]:
         ),
         ("weight files", f"{facts.weights_bytes:,} bytes"),
         (f"kept in {facts.stored_dtype}", _kept(facts)),
-        ("scales", facts.stored_dtype),
+        ("scales", facts.scale_dtype or facts.stored_dtype),
         ("source", f"{_escaped(facts.base_model)}, {_escaped(facts.source_precision)}"),
         ("source content", f"`{facts.content_hash}`"),
         *(("note", _escaped(note)) for note in facts.notes),
@@ -240,7 +242,7 @@ def _warnings(facts: CardFacts) -> list[str]:
     ]
 
 
-def _scores_text(scores: Scores, stored_dtype: str) -> str:
+def _scores_text(scores: Scores, scale_dtype: str) -> str:
     if not scores:
         return "not measured"
     rows = [
@@ -257,19 +259,19 @@ def _scores_text(scores: Scores, stored_dtype: str) -> str:
     ]
     missing = [f"{task}: not measured" for task in _SIZES if task not in scores]
     table = _table(("task", "score", "value", "95% interval", "n", "record"), rows)
-    return "\n\n".join([table, *missing, _how_measured(scores, stored_dtype)])
+    return "\n\n".join([table, *missing, _how_measured(scores, scale_dtype)])
 
 
-def _how_measured(scores: Scores, stored_dtype: str) -> str:
+def _how_measured(scores: Scores, scale_dtype: str) -> str:
     """Of which codes the scores are, those in the folder or those from scales of another dtype, and what ran."""
     settings = [record.made_by.get("quantize", {}) for record, _ in scores.values()]
     measured = {setting.get("scale_dtype", "float32") for setting in settings}
     ran = _kernels_text(scores)
-    if measured == {stored_dtype}:
+    if measured == {scale_dtype}:
         return f"Measured by quantlab on the codes and scales of this folder.{ran}"
     return (
         f"Measured by quantlab on the scheme with scales in {' and '.join(sorted(measured))}; the scales of this "
-        f"folder are rounded to {stored_dtype} and its codes chosen after that, so they differ slightly.{ran}"
+        f"folder are rounded to {scale_dtype} and its codes chosen after that, so they differ slightly.{ran}"
     )
 
 
