@@ -68,6 +68,11 @@ class Agreement:
     flips: tuple[Flip, ...]
 
     @property
+    def num_same(self) -> int:
+        """Documents that are answered the same under both scores."""
+        return self.num_documents - len({flip.document for flip in self.flips})
+
+    @property
     def agrees(self) -> bool:
         """Whether every gap is explained by the arithmetic."""
         return not self.beyond

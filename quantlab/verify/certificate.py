@@ -1,13 +1,12 @@
-"""A certificate: what was checked of a folder, what was found, and who loads it. As JSON, and as Markdown for its card.
+"""A certificate: what was checked of a folder, what was found, and who loads it. As data and as JSON.
 
 Times, memory and places are not in it, so that verifying the same folder again gives the same bytes.
 """
 
 import hashlib
-import html
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -18,12 +17,21 @@ from quantlab.verify.agreement import Agreement
 from quantlab.verify.codes import CodesReport
 from quantlab.verify.size import SizeReport
 
-__all__ = ["CARD", "CERTIFICATE", "Certificate", "Row", "State", "content_digest", "into_card"]
+__all__ = [
+    "CARD",
+    "CERTIFICATE",
+    "FLIP_COLUMNS",
+    "SPEEDS",
+    "STATES",
+    "Certificate",
+    "Row",
+    "State",
+    "content_digest",
+]
 
 CERTIFICATE = "certificate.json"
 CARD = "README.md"
 FORMAT_VERSION = 1
-BEGIN, END = "<!-- certificate of quantlab -->", "<!-- end of certificate -->"
 
 State = Literal["agrees", "disagrees", "failed", "not run", "should load", "cannot"]
 
@@ -130,27 +138,19 @@ class Certificate:
         """certificate.json."""
         return json.dumps(_plain(self.body()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
-    def markdown(self) -> str:
-        """The certificate as a section of a model card, between its markers."""
-        head = [
+    def facts(self) -> list[tuple[str, str]]:
+        """What was checked besides engines, in words."""
+        return [
             ("files", f"{self.num_files} as MANIFEST.json lists them"),
             ("codes", _codes_text(self.codes)),
             ("zero points", _zeros_text(self.codes)),
             ("size", _size_text(self.size)),
-            ("certifies", f"`{self.content}`"),
+            ("certifies", self.content),
         ]
-        engines = [_row_cells(row) for row in self.rows]
-        header = (
-            "engine",
-            "result",
-            "low bits there",
-            "computes in",
-            "largest logit gap",
-            "divergence [nats]",
-            "HellaSwag",
-            "",
-        )
-        flips = [
+
+    def flips(self) -> list[tuple[str, ...]]:
+        """Answers that an engine gives otherwise, under `FLIP_COLUMNS`."""
+        return [
             (
                 row.engine.name,
                 str(flip.document),
@@ -162,20 +162,6 @@ class Certificate:
             for row in self.rows
             for flip in (row.agreement.flips if row.agreement else ())
         ]
-        parts = [
-            BEGIN,
-            "## Certificate",
-            _escaped(self.verdict),
-            _table(("", ""), head),
-            _table(header, engines),
-        ]
-        if flips:
-            parts.append(
-                _table(
-                    ("engine", "document", "score", "ending, ours / its", "our margin", "its margin"), flips
-                )
-            )
-        return "\n\n".join([*parts, END])
 
 
 def content_digest(manifest: Mapping[str, Any]) -> str:
@@ -185,15 +171,6 @@ def content_digest(manifest: Mapping[str, Any]) -> str:
     }
     body = json.dumps({"files": files, "tensors": manifest.get("tensors")}, sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()
-
-
-def into_card(card: str, section: str) -> str:
-    """A card with this section, in the place of an earlier one or at the end."""
-    before, begin, rest = card.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if begin and end:
-        return before + section + after
-    return card.rstrip("\n") + "\n\n" + section + "\n"
 
 
 def _row_body(row: Row) -> dict[str, Any]:
@@ -211,22 +188,6 @@ def _row_body(row: Row) -> dict[str, Any]:
     return body
 
 
-def _row_cells(row: Row) -> tuple[str, ...]:
-    found = row.agreement
-    measured = ("", "", "", "")
-    if found is not None:
-        same = found.num_documents - len({flip.document for flip in found.flips})
-        measured = (
-            found.arithmetic,
-            f"{_number(found.gaps['logits'].largest)} (at most {_number(found.allowed['logits'].largest)})",
-            _number(found.divergence),
-            f"{same} of {found.num_documents} answers the same",
-        )
-    versions = ", ".join(f"{name} {version}" for name, version in (row.versions or {}).items())
-    notes = " ".join(part for part in (row.reason, row.engine.note, versions) if part)
-    return (row.engine.name, STATES[row.state], SPEEDS[row.engine.speed], *measured, _escaped(notes))
-
-
 STATES: Mapping[str, str] = {
     "agrees": "loads here and agrees",
     "disagrees": "loads here and disagrees",
@@ -242,6 +203,7 @@ SPEEDS: Mapping[str, str] = {
     "simulated": "simulated in floats",
 }
 """What low bits are good for, in words."""
+FLIP_COLUMNS = ("engine", "document", "score", "ending, ours / its", "our margin", "its margin")
 
 
 def _codes_text(codes: CodesReport) -> str:
@@ -260,10 +222,6 @@ def _size_text(size: SizeReport) -> str:
     return f"{size.files_bytes:,} bytes of weight files; {size.bits_per_weight:.3f} bits a weight in low bits"
 
 
-def _number(value: float) -> str:
-    return f"{value:.3g}" if math.isfinite(value) else "not finite"
-
-
 def _plain(value: Any) -> Any:
     """Numbers that are not finite as text, since JSON has none."""
     if isinstance(value, Mapping):
@@ -273,13 +231,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _escaped(text: str) -> str:
-    """Text of unknown origin on one line of a table, with nothing in it that renders or ends a comment."""
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("`", "'")

@@ -16,7 +16,8 @@ from typing import Any
 from quantlab.errors import OutputError, VerificationError
 from quantlab.export.atomic import fsync
 from quantlab.manifest import MANIFEST, read_manifest, write_manifest
-from quantlab.verify.certificate import CARD, CERTIFICATE, Certificate, into_card
+from quantlab.verify.card import into_card
+from quantlab.verify.certificate import CARD, CERTIFICATE, Certificate
 
 __all__ = ["check_writable", "write_certificate"]
 
@@ -82,7 +83,7 @@ def _fill(new: Path, old: Path, certificate: Certificate) -> None:
             _link(path, target)
     card = old / CARD
     text = card.read_text(encoding="utf-8") if card.exists() else ""
-    (new / CARD).write_text(into_card(text, certificate.markdown()), encoding="utf-8")
+    (new / CARD).write_text(into_card(text, certificate), encoding="utf-8")
     (new / CERTIFICATE).write_text(certificate.text(), encoding="utf-8")
 
 
