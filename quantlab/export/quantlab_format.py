@@ -44,6 +44,7 @@ and these tensors stand for its `weight`, each named `LINEAR.` and:
 Everything is computed in float32, each operation rounded by itself, in the order written. Of a linear there may be too:
 
     rotated          true: inputs are multiplied by the rotation of size I before anything else
+    skipped          true: the scheme does not round its inputs
     corrected_bias   floats [O], in the place of `bias`, where the entry says true
     input_low, input_high    float32 [1, 1] or [1, I]: the fixed range of its inputs, where `inputs` is "static"
 
@@ -130,11 +131,13 @@ def layout(job: ExportJob) -> Layout:
     parts: dict[str, Part] = {}
     entries: dict[str, dict[str, Any]] = {}
     owners: dict[int, str] = {}
-    rotated = [name for name, module in job.model.named_modules() if isinstance(module, RotatedLinear)]
-    for name in dict.fromkeys((*job.linears, *rotated)):
+    for name in job.linears:
         linear = job.model.get_submodule(name)
         owner = owners.setdefault(id(linear.weight), name)
         parts[name], entries[name] = _linear(job, name, linear, owner)
+    for name, module in job.model.named_modules():
+        if isinstance(module, RotatedLinear) and name not in entries:
+            entries[name] = {"kind": "float", "skipped": True, "rotated": True} | _shape(module)
     config = {"quant_method": "quantlab", "version": VERSION, "scheme": job.scheme.name, "linears": entries}
     return Layout(
         linears=parts,
@@ -168,12 +171,12 @@ def _shape(linear: nn.Module) -> dict[str, Any]:
 
 def _linear(job: ExportJob, name: str, linear: nn.Module, owner: str) -> tuple[Part, dict[str, Any]]:
     """One linear's tensors, made when the part is built, and its entry."""
-    weights = job.ready.weights_of(name) if name in job.linears else None
+    weights = job.ready.weights_of(name)
     plan = _plan(job, linear, weights)
     if owner != name:
         plan = _Plan({"kind": "same", "as": owner}, {}, _nothing)
     entry, tensors = plan.entry | _shape(linear), dict(plan.tensors)
-    others = _fixed_inputs(job, name) if name in job.linears else {}
+    others = _fixed_inputs(job, name)
     tensors |= {leaf: TensorType(tensor.dtype, tuple(tensor.shape)) for leaf, tensor in others.items()}
     if others:
         entry["inputs"] = "static"
@@ -200,7 +203,7 @@ def _linear(job: ExportJob, name: str, linear: nn.Module, owner: str) -> tuple[P
                 made["corrected_bias"] = bias.cpu()
         return made
 
-    return Part(tensors, build, num_linears=int(name in job.linears)), entry
+    return Part(tensors, build, num_linears=1), entry
 
 
 def _check_own(name: str, owner: str) -> None:

@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quantlab.calibration.statistics import AttentionStats, Ranges
 from quantlab.errors import CheckpointError, SchemeError
+from quantlab.inspection.checkpoint import is_of
 from quantlab.inspection.compressed import carried_scheme
 from quantlab.inspection.folder import read_object
 from quantlab.methods.solved import Quantized
@@ -66,7 +69,7 @@ class Carried:
         low = {name for name, owner in self.linears.items() if owner is not None}
         found = {f"{name}.{leaf}" for name in self.entries for leaf in LEAVES}
         if self.method != "quantlab":
-            found |= {name for name in self.raw.tensors if _lies_in(name, low) and not name.endswith(".bias")}
+            found |= {name for name in self.raw.tensors if is_of(name, low) and not name.endswith(".bias")}
         return frozenset(found)
 
     def weights_of(
@@ -84,16 +87,22 @@ class Carried:
             return _weights(self.entries[owner].body.get("weights"), owner, self.raw)
         return self.scheme.weights if self.scheme is not None else _spec_of(quantized)
 
+    def inputs_of(self, name: str) -> TensorSpec | None:
+        """How the inputs of one linear are rounded."""
+        skipped = name in self.entries and self.entries[name].body.get("skipped") is True
+        return None if self.scheme is None or skipped else self.scheme.activations
+
     def fixed_inputs(self, name: str) -> Fixed | None:
         """The range of a linear's inputs under a static spec.
 
         Raises:
             CheckpointError: there is none, or it is not one.
         """
-        if self.scheme is None or self.scheme.activations is None or not self.scheme.activations.static:
+        inputs = self.inputs_of(name)
+        if inputs is None or not inputs.static:
             return None
         width = self.entries[name].shape[1] if name in self.entries else 1
-        places = 1 if self.scheme.activations.granularity == "tensor" else width
+        places = 1 if inputs.granularity == "tensor" else width
         low, high = (self.raw.floats(f"{name}.input_{end}", (1, places)) for end in ("low", "high"))
         return _range(low, high, f"inputs of {name}", self.raw)
 
@@ -102,7 +111,7 @@ class Carried:
         entry = self.entries.get(name)
         if entry is None or entry.body.get("corrected_bias") is not True:
             return None
-        return torch.from_numpy(self.raw.floats(f"{name}.corrected_bias", (entry.shape[0],)))
+        return _torch(self.raw.floats(f"{name}.corrected_bias", (entry.shape[0],)))
 
     def rotation(self, name: str) -> list[Tensor] | None:
         """The factors of the rotation of a linear's inputs."""
@@ -114,7 +123,7 @@ class Carried:
     def rotation_of(self, size: int) -> list[Tensor]:
         """The factors of the rotation of a size."""
         factors = quantlab_format.rotation(self.raw.quantization, size, str(self.raw.path))
-        return [torch.from_numpy(factor) for factor in factors]
+        return [_torch(factor) for factor in factors]
 
     @property
     def turned_heads(self) -> int | None:
@@ -174,18 +183,23 @@ def read_carried(raw: RawFolder) -> Carried:
 
 def as_quantized(decoded: Decoded) -> Quantized | DecodedTensor:
     """Decoded codes as kernels take them."""
-    codes, scale = torch.from_numpy(decoded.codes_OI), torch.from_numpy(decoded.scale_OG)
+    codes, scale = _torch(decoded.codes_OI), _torch(decoded.scale_OG)
     if decoded.table is not None:
-        return CodebookTensor(codes, scale, torch.from_numpy(decoded.table), decoded.bits, scale_bits=32)
+        return CodebookTensor(codes, scale, _torch(decoded.table), decoded.bits, scale_bits=32)
     if decoded.offset_OG is not None:
         return DecodedTensor(decoded)
     if decoded.zero_OG is None:
         # uint8 wraps around: read as int8, code - 2^(b-1) is itself.
         signed = (codes - 2 ** (decoded.bits - 1)).view(torch.int8)
         return QuantizedTensor(signed, scale, None, QType(decoded.bits, full_range=True))
-    zero = torch.from_numpy(decoded.zero_OG)
+    zero = _torch(decoded.zero_OG)
     whole = bool((zero == zero.round()).all())
     return QuantizedTensor(codes, scale, zero.int() if whole else zero, QType(decoded.bits, symmetric=False))
+
+
+def _torch(array: NDArray[Any]) -> Tensor:
+    """The same values in memory that may be written, as torch asks."""
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 def _owner(entry: Entry) -> str | None:
@@ -194,17 +208,12 @@ def _owner(entry: Entry) -> str | None:
     return entry.name if entry.holds_codes else None
 
 
-def _lies_in(tensor: str, modules: set[str]) -> bool:
-    parts = tensor.split(".")
-    return any(".".join(parts[:end]) in modules for end in range(1, len(parts)))
-
-
 def _sites(site: str) -> tuple[str, ...]:
     return ("attn_key", "attn_value") if site == "kv_cache" else (site,)
 
 
 def _range(low: Any, high: Any, what: str, raw: RawFolder) -> Fixed:
-    ends = torch.from_numpy(low), torch.from_numpy(high)
+    ends = _torch(low), _torch(high)
     if not bool((ends[0].isfinite() & ends[1].isfinite() & (ends[0] <= ends[1])).all()):
         raise CheckpointError(
             f"a static range must be finite and in order: that of {what} in {raw.path} is not."

@@ -239,7 +239,7 @@ def _put_linear_(model: nn.Module, name: str, carried: Carried, place: torch.dev
     linear = model.get_submodule(name)
     if isinstance(linear, QuantLinear):  # a linear that the model holds twice
         return
-    owner, inputs = carried.linears[name], carried.scheme.activations if carried.scheme else None
+    owner, inputs = carried.linears[name], carried.inputs_of(name)
     quantized = None
     if owner is not None:
         decoded = decoder_of(carried.raw).decode(carried.raw, owner)

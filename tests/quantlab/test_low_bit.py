@@ -1,0 +1,307 @@
+"""Folders of low-bit weights in memory: the logits of the model that they were made from, bit for bit."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantlab.calibration.calibrator import Calibrator
+from quantlab.config import CheckpointConfig, QuantizeConfig
+from quantlab.errors import CheckpointError, SchemeError
+from quantlab.export.folder import ExportSummary, export_checkpoint
+from quantlab.export.tensors import stored_dtype
+from quantlab.layers.linear import QuantLinear
+from quantlab.models.loading import Checkpoint, load_checkpoint
+from quantlab.models.low_bit import load_low_bit
+from quantlab.quantize import quantized
+from quantlab.schemes import Scheme
+from tests.toys import FAMILIES, NUM_TOKENS, save_checkpoint
+
+PAIR = Path(__file__).parents[2] / "quantlab/checkpoints/pair"
+WIDTHS = {"*.q_proj": "w3g16z", "*.down_proj": "w8", "*.o_proj": "w16"}
+
+
+def ids(seed: int) -> Tensor:
+    return torch.randint(0, NUM_TOKENS, (2, 16), generator=torch.Generator().manual_seed(seed))
+
+
+def loaded(folder: Path, **options: Any) -> Checkpoint:
+    return load_checkpoint(CheckpointConfig(path=str(folder), device="cpu", **options))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
+    """Folder of a toy checkpoint, or of a shipped one, by its name."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str, **changes: Any) -> Path:
+        if family not in FAMILIES:
+            return PAIR / family
+        key = f"{family} {changes}"
+        if key not in made:
+            wide = {} if family == "gpt2" else {"intermediate_size": 256}
+            made[key] = save_checkpoint(family, tmp_path_factory.mktemp("low") / family, **(wide | changes))
+        return made[key]
+
+    yield folder
+
+
+def export(
+    checkpoint: Checkpoint, scheme: str, out: Path, form: str = "quantlab", **options: Any
+) -> ExportSummary:
+    parsed = Scheme.parse(scheme)
+    calibrator = Calibrator(ids(0), batch_size=2) if parsed.needs else None
+    config = QuantizeConfig(**options)
+    return export_checkpoint(checkpoint, parsed, form, out, config=config, calibrator=calibrator)
+
+
+def logits(checkpoint: Checkpoint) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = checkpoint.model(ids(1)).logits
+    return found
+
+
+def simulated(checkpoint: Checkpoint, scheme: str, scale_dtype: torch.dtype, **options: Any) -> Tensor:
+    parsed = Scheme.parse(scheme)
+    calibrator = Calibrator(ids(0), batch_size=2) if parsed.needs else None
+    config = QuantizeConfig(**options)
+    with quantized(checkpoint.model, parsed, config, scale_dtype=scale_dtype, calibrator=calibrator):
+        return logits(checkpoint)
+
+
+def assert_same(source: Path, scheme: str, out: Path, dtype: str = "float32", **options: Any) -> Checkpoint:
+    checkpoint = loaded(source, dtype=dtype)
+    scale_dtype = stored_dtype(checkpoint.model, checkpoint.info.source_precision)
+    export(checkpoint, scheme, out, **options)
+    again = load_low_bit(out, dtype=dtype, device="cpu", kernel=options.get("kernel", "integer"))
+    assert torch.equal(logits(again), simulated(checkpoint, scheme, scale_dtype, **options))
+    assert not torch.equal(logits(again), logits(checkpoint))
+    return again
+
+
+ON_LLAMA = [
+    *(
+        "w4g32",
+        "w3g16z",
+        "w6",
+        "w8a8",
+        "w8a8t",
+        "w4a4cs",
+        "w8a8ts",
+        "w4t",
+        "w4g32z-hqq",
+        "w4g32-gptq",
+        "w4g32-awq",
+    ),
+    *(
+        "w4g32-smooth",
+        "w4a8-rotate",
+        "w4g32-bias",
+        "nf4",
+        "fp8",
+        "mxfp4",
+        "nvfp4",
+        "llm_int8",
+        "q4_k",
+        "q6_k",
+    ),
+    *("w4g64kv4", "w4g32l6t", "w4q8k8-rotate", "w4q8hsk8csv8ts", "w4kv8ts", "w4x8", "w4kv4-spin"),
+]
+ELSEWHERE = [
+    ("qwen2", "w4g32"),
+    ("qwen2", "w8a8ts"),
+    ("qwen2", "w4g32-bias"),
+    ("qwen2", "w4a8-rotate"),
+    ("gpt2", "w3g16z"),
+    ("gpt2", "w8a8"),
+    ("gpt2", "w4g32-bias"),
+    ("gpt2", "q4_k"),
+    ("diffllama", "w4g32-awq"),
+    ("diffllama", "w8a8"),
+    ("diffllama", "w4l6tm2"),
+    ("diff_v1", "w4g64"),
+    ("diff_v1", "w4a8-rotate"),
+    ("diff_v1", "w4e8t"),
+    ("diff_v2", "w3g64z"),
+    ("diff_v2", "w4d8l6tm2"),
+    ("opt", "w4-fold"),
+]
+
+
+@pytest.mark.parametrize("scheme", ON_LLAMA)
+def test_logits_are_the_same_bits(source: Callable[..., Path], tmp_path: Path, scheme: str) -> None:
+    again = assert_same(source("llama"), scheme, tmp_path / "out")
+    assert again.scheme == Scheme.parse(scheme)
+    assert again.info.source_precision == f"quantlab {Scheme.parse(scheme).name}"
+
+
+@pytest.mark.parametrize(("family", "scheme"), ELSEWHERE)
+def test_so_they_are_for_other_architectures(
+    source: Callable[..., Path], tmp_path: Path, family: str, scheme: str
+) -> None:
+    assert_same(source(family), scheme, tmp_path / "out")
+
+
+@pytest.mark.parametrize("scheme", ["w4g32-mixed", "w4a8-mixed", "w4a8ts-rotate-mixed"])
+def test_widths_of_their_own(source: Callable[..., Path], tmp_path: Path, scheme: str) -> None:
+    assert_same(source("llama"), scheme, tmp_path / "out", widths=WIDTHS)
+
+
+def test_a_skipped_linear_that_is_rotated_keeps_its_inputs(
+    source: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert_same(source("llama"), "w4a8-rotate", tmp_path / "out", skip=("*.0.mlp.down_proj",))
+
+
+@pytest.mark.parametrize("kernel", ["simulated", "packed"])
+def test_kernels_are_as_asked(source: Callable[..., Path], tmp_path: Path, kernel: str) -> None:
+    again = assert_same(source("llama"), "w4g64", tmp_path / "out", "bfloat16", kernel=kernel)
+    kernels = {module.kernel for module in again.model.modules() if isinstance(module, QuantLinear)}
+    assert kernels == {"int4_packed" if kernel == "packed" else "weight_only"}
+
+
+def test_a_bias_that_folding_made_is_found_again(source: Callable[..., Path], tmp_path: Path) -> None:
+    folder = source("gpt_neox", attention_bias=False)
+    checkpoint = loaded(folder)
+    with torch.no_grad():
+        for name, parameter in checkpoint.model.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.linspace(-0.3, 0.4, parameter.numel()))
+    export(checkpoint, "w4-fold", tmp_path / "out")
+    again = load_low_bit(tmp_path / "out", device="cpu")
+    assert torch.equal(logits(again), simulated(checkpoint, "w4-fold", torch.float32))
+    assert again.model.get_submodule("gpt_neox.layers.0.attention.query_key_value").bias is not None
+
+
+def test_tied_heads_stay_tied_or_are_untied_and_said_so(source: Callable[..., Path], tmp_path: Path) -> None:
+    folder = source("llama", tie_word_embeddings=True)
+    tied = assert_same(folder, "w4", tmp_path / "tied").model
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    notes = export(loaded(folder), "w4-rotate", tmp_path / "untied").notes
+    assert any("lm_head was tied to" in note for note in notes)
+    untied = load_low_bit(tmp_path / "untied", device="cpu").model
+    assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+    assert_same(folder, "w4-rotate", tmp_path / "again")
+
+
+def test_linears_that_share_a_matrix_share_its_codes(source: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = loaded(source("llama"))
+    first, second = (layer.self_attn for layer in checkpoint.model.model.layers)
+    second.q_proj.weight = first.q_proj.weight
+    export(checkpoint, "w4a8ts", tmp_path / "out")
+    entries = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["linears"]
+    assert entries["model.layers.1.self_attn.q_proj"]["as"] == "model.layers.0.self_attn.q_proj"
+    again = load_low_bit(tmp_path / "out", device="cpu")
+    assert torch.equal(logits(again), simulated(checkpoint, "w4a8ts", torch.float32))
+
+
+FOLDERS = [
+    ("compressed-tensors", "w6g32"),
+    ("compressed-tensors", "w8a8"),
+    ("compressed-tensors", "fp8"),
+    ("gptq", "w3g32z"),
+    ("awq", "w4g32z"),
+    ("bitsandbytes", "nf4"),
+    ("bitsandbytes", "llm_int8"),
+    ("torchao", "w4g32"),
+    ("quanto", "w8"),
+]
+
+
+@pytest.mark.parametrize(("form", "scheme"), FOLDERS)
+def test_folders_of_other_formats(
+    source: Callable[..., Path], tmp_path: Path, form: str, scheme: str
+) -> None:
+    checkpoint = loaded(source("llama"))
+    export(checkpoint, scheme, tmp_path / "out", form)
+    again = load_low_bit(tmp_path / "out", device="cpu")
+    scale_dtype = torch.float16 if form in ("gptq", "awq") else torch.float32
+    assert torch.equal(logits(again), simulated(checkpoint, scheme, scale_dtype))
+    assert again.info.linears == checkpoint.info.linears
+    assert again.info.num_parameters == checkpoint.info.num_parameters
+    assert again.info.source_precision == f"{form} {scheme}"
+
+
+def test_without_a_recipe_a_folder_is_its_weights(source: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = loaded(source("llama"))
+    export(checkpoint, "w4g32", tmp_path / "out", "compressed-tensors")
+    (tmp_path / "out/recipe.json").unlink()
+    again = load_low_bit(tmp_path / "out", device="cpu")
+    assert again.scheme is None and again.info.source_precision == "compressed-tensors"
+    assert torch.equal(logits(again), simulated(checkpoint, "w4g32", torch.float32))
+
+
+@pytest.fixture(scope="module")
+def good(source: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("good") / "out"
+    export(loaded(source("llama")), "w4a8tsv8ts-bias", out)
+    return out
+
+
+def test_load_checkpoint_takes_such_a_folder_as_what_it_is(good: Path, source: Callable[..., Path]) -> None:
+    again, original = loaded(good), loaded(source("llama"))
+    assert again.scheme is not None and again.scheme.name == "w4a8tsv8ts-bias"
+    assert (
+        again.info.carries == "w4a8tsv8ts-bias" and again.info.source_precision == "quantlab w4a8tsv8ts-bias"
+    )
+    assert again.info.linears == original.info.linears
+    assert again.info.vocab_size == original.info.vocab_size
+    with quantized(again.model, Scheme()):
+        assert torch.equal(logits(again), logits(load_low_bit(good, device="cpu")))
+    with (
+        pytest.raises(
+            SchemeError, match=r"this one carries one already\. Load it anew, or the checkpoint that"
+        ),
+        quantized(again.model, Scheme.parse("w8")),
+    ):
+        pass
+
+
+def of_linear(leaf: str, **changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda config: config["linears"][f"model.layers.0.{leaf}"].update(changes)
+
+
+def moved(config: dict[str, Any]) -> None:
+    config["linears"]["model.layers.7.mlp.up_proj"] = config["linears"].pop("model.layers.0.mlp.up_proj")
+
+
+BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "scheme": (lambda c: c.update(scheme="w4g3x"), "must name a scheme: that of .* has 'w4g3x'"),
+    "no scheme": (lambda c: c.pop("scheme"), "must name a scheme"),
+    "baseline": (lambda c: c.update(scheme="w16"), "must name a scheme"),
+    "a place it has not": (lambda c: c.update(scheme="w4e8t"), "quantizes effective maps"),
+    "a linear it has not": (moved, r"has 'model\.layers\.7\.mlp\.up_proj', LlamaForCausalLM has not"),
+    "no weights": (of_linear("mlp.up_proj", weights="w99"), "must name the scheme of its weights"),
+    "transposed": (of_linear("self_attn.q_proj", transposed=True), r"the architecture asks for \[64, 64\]"),
+    "rotated": (of_linear("mlp.up_proj", rotated=True), r"rotations\[64\].* must be a list of factors"),
+    "no range": (lambda c: c["attention"].pop("model.layers.0.self_attn"), "static ranges must be stored"),
+    "a range of text": (
+        lambda c: c["attention"]["model.layers.0.self_attn"].update(attn_value=["a", "b"]),
+        "must have a shape and float32 bytes",
+    ),
+    "turned heads": (lambda c: c.update(turned_heads=-3), "turned_heads must be the channels of a head"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_bad_folder_is_refused_in_one_sentence(good: Path, tmp_path: Path, fault: str) -> None:
+    change, says = BAD[fault]
+    shutil.copytree(good, tmp_path / "bad")
+    body = json.loads((good / "config.json").read_text())
+    change(body["quantization_config"])
+    (tmp_path / "bad/config.json").write_text(json.dumps(body))
+    with pytest.raises((CheckpointError, SchemeError), match=says) as caught:
+        load_low_bit(tmp_path / "bad", device="cpu")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_recipe_without_a_scheme_is_refused(source: Callable[..., Path], tmp_path: Path) -> None:
+    export(loaded(source("llama")), "w4g32", tmp_path / "out", "compressed-tensors")
+    (tmp_path / "out/recipe.json").write_text('{"scheme": 3}')
+    with pytest.raises(CheckpointError, match=r"recipe\.json must name a scheme"):
+        load_low_bit(tmp_path / "out", device="cpu")
