@@ -272,6 +272,69 @@ def export(
 
 
 @app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that quantize or export wrote.")],
+    limit: options.Limit = None,
+    hellaswag: Annotated[Path | None, typer.Option(help="HellaSwag file [the validation split].")] = None,
+    engines: Annotated[str | None, typer.Option(help="Engines to start [all that load here].")] = None,
+    set_: options.Set = None,
+    json_: options.Json = False,
+) -> None:
+    """Proof that a folder holds the codes that were chosen, and that real engines load it: a certificate."""
+    from quantlab.progress import counted
+    from quantlab.sections import build_section
+    from quantlab.verify.config import VerifyConfig
+    from quantlab.verify.tables import certificate_table
+    from quantlab.verify.verify import verify as verify_folder
+
+    tree = options.sections({"hellaswag": options.given(limit=limit, path=hellaswag)})
+    tree |= options.given(engines=engines and engines.split(","))
+    config = build_section(VerifyConfig, tree, set_ or ())
+    with counted("verifying") as advance:
+        certificate = verify_folder(folder, config, advance)
+    _show(json_, certificate.body(), lambda: certificate_table(certificate))
+    certificate.check()
+
+
+@app.command()
+def bench(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder of low-bit weights, or a .gguf file.")
+    ],
+    parent: Annotated[
+        Path | None, typer.Option(help="The 16-bit checkpoint beside it [what recipe.json names].")
+    ] = None,
+    engines: Annotated[
+        str | None, typer.Option(help="quantlab,transformers,llama_cpp or some of them.")
+    ] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Tokens of the prompt.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Tokens that follow, one at a time.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Processes of each side, in turn.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of every engine.")] = None,
+    set_: options.Set = None,
+    json_: options.Json = False,
+) -> None:
+    """Speed and memory of a folder beside its 16-bit parent, on this machine."""
+    from quantlab.bench.bench import bench as bench_folder
+    from quantlab.bench.config import BenchConfig
+    from quantlab.bench.tables import bench_table
+    from quantlab.progress import counted
+    from quantlab.sections import build_section
+
+    tree = options.given(
+        parent=parent,
+        engines=engines and engines.split(","),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        threads=threads,
+    )
+    with counted("measuring") as advance:
+        result = bench_folder(folder, build_section(BenchConfig, tree, set_ or ()), advance)
+    _show(json_, result.summary(), lambda: bench_table(result))
+
+
+@app.command()
 def calibrate(
     model: options.Model,
     check: Annotated[bool, typer.Option("--check", help="Is this text enough? Stores nothing.")] = False,
