@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -46,6 +47,8 @@ MAX_RECORD_BYTES = 2**28
 
 PROBE_BYTES = 2**20
 """Room that must be free before a run starts."""
+
+_KEY = re.compile(r"\w{1,64}")
 
 Kind = Literal["evaluation", "profile"]
 Columns = Mapping[str, NDArray[Any]]
@@ -170,7 +173,12 @@ def read_records(folder: Path) -> list[Record]:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """run.json: `config`, `config_fingerprint`, and `records`, the keys that the run plans."""
-    return _read_sealed(folder / "run.json")
+    body = _read_sealed(folder / "run.json")
+    keys = body.get("records")
+    # A key becomes the name of a file.
+    if not isinstance(keys, list) or not all(isinstance(key, str) and _KEY.fullmatch(key) for key in keys):
+        raise _damaged(folder / "run.json", "its records are not keys")
+    return body
 
 
 def read_record(path: Path) -> Record:

@@ -3,6 +3,8 @@
 Unknown keys are errors that name the nearest known key; the first fault of a validation is one sentence with its place.
 """
 
+import stat
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +15,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from quantlab.errors import ConfigError, nearest
 
 __all__ = ["AnySection", "Section", "build_section", "merged", "read_yaml"]
+
+
+MAX_BYTES, MAX_NODES = 1_000_000, 100_000
+"""Of a YAML file, and of what it holds once its aliases are followed."""
 
 
 class Section(BaseModel):
@@ -26,16 +32,71 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds."""
+    """The mapping that a YAML file holds.
+
+    Raises:
+        ConfigError: not a regular text file of at most MAX_BYTES, not YAML, a key that stands twice, or aliases that
+            make more than MAX_NODES of it.
+    """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ConfigError(f"config file must be a regular file: {path} is a folder, pipe or device.")
+        if status.st_size > MAX_BYTES:
+            raise ConfigError(
+                f"config file must hold at most {MAX_BYTES} bytes: {path} holds {status.st_size}."
+            )
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise ConfigError(f"config file must be readable text: {path}: {error}.") from error
+    try:
+        tree = _parsed(text, path)
     except yaml.YAMLError as error:
         raise ConfigError(f"config file must be YAML: {path}: {' '.join(str(error).split())}.") from error
+    # ValueError: a date or a number that matches its pattern and is none.
+    except (RecursionError, ValueError) as error:
+        raise ConfigError(
+            f"config file must be YAML that is not nested hundreds deep: {path}: {error}."
+        ) from error
     if not isinstance(tree, dict):
         raise ConfigError(f"config file must hold a mapping of sections: {path} holds {type(tree).__name__}.")
     return tree
+
+
+def _parsed(text: str, path: Path) -> Any:
+    """The tree of a YAML text, whose aliases are counted before they are followed."""
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        if _num_nodes(root, {}, path) > MAX_NODES:
+            raise ConfigError(
+                f"config file must be small: the aliases of {path} make more than {MAX_NODES} values."
+            )
+        return loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _num_nodes(node: yaml.Node, known: dict[int, int | None], path: Path) -> int:
+    """Nodes below a node, each alias counted as what it stands for."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) in known:
+        count = known[id(node)]
+        if count is None:
+            raise ConfigError(f"config file must not hold an alias of itself: {path} does.")
+        return count
+    known[id(node)] = None
+    children = node.value
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := sorted(key for key, count in Counter(keys).items() if count > 1):
+            raise ConfigError(f"config file must name a key once: {path} has {twice[0]!r} twice.")
+        children = [child for pair in node.value for child in pair]
+    known[id(node)] = count = 1 + sum(_num_nodes(child, known, path) for child in children)
+    return count
 
 
 def build_section(

@@ -1,11 +1,16 @@
 """Files in: bytes of a user's file or of one that ships with the package; every failure names the file."""
 
+import io
 import lzma
+import stat
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 
 from quantlab.errors import DataError
+
+MAX_BYTES = 1 << 30
+"""Of a user's text or rows, unpacked."""
 
 
 def shipped(name: str) -> bytes:
@@ -14,14 +19,32 @@ def shipped(name: str) -> bytes:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a user's file, decompressed when its name ends in `.xz`."""
+    """The bytes of a user's file, decompressed when its name ends in `.xz`.
+
+    Raises:
+        DataError: not a regular file, unreadable, or larger than MAX_BYTES, packed or unpacked.
+    """
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"file must be readable: {path} is a folder, pipe or device.")
+        if status.st_size > MAX_BYTES:
+            raise DataError(f"file must hold at most {MAX_BYTES} bytes: {path} holds {status.st_size}.")
         content = path.read_bytes()
-        return lzma.decompress(content) if path.suffix == ".xz" else content
+        return _unpacked(content, path) if path.suffix == ".xz" else content
     except FileNotFoundError as error:
         raise DataError(f"file must exist: {path} does not. Check the path.") from error
-    except (OSError, lzma.LZMAError) as error:
+    except (OSError, ValueError, lzma.LZMAError) as error:
         raise DataError(f"file must be readable: {path}: {error}.") from error
+
+
+def _unpacked(content: bytes, path: Path) -> bytes:
+    """Decompressed no further than MAX_BYTES, which a few bytes can be made to exceed."""
+    with lzma.open(io.BytesIO(content)) as file:
+        text = file.read(MAX_BYTES + 1)
+    if len(text) > MAX_BYTES:
+        raise DataError(f"file must hold at most {MAX_BYTES} bytes: {path} unpacks to more.")
+    return text
 
 
 def decode(content: bytes, source: str) -> str:

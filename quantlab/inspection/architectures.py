@@ -5,8 +5,10 @@
 
 import ast
 import importlib.util
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from functools import cache
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,20 @@ _REFUSED = {
     "transformers_weights": "names a weight file of its own",
     "fusion_config": "asks for modules to be replaced",
     "distributed_config": "asks for a distributed run",
+    "use_kernels": "asks for kernels of the hub",
+    "kernel_config": "asks for kernels of the hub",
+    "trust_remote_code": "is for the user to say",
+    "_target_": "names a function to call",
 }
-"""Keys of config.json that make transformers read or patch something else than the checkpoint."""
+"""Keys that make a reader of config.json read, patch or run something else than the checkpoint, wherever they stand."""
+_CODE = ("auto_map", "custom_pipelines")
+"""Keys that name Python files to run."""
+_IMPLEMENTATIONS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+_PLAIN = re.compile(r"\w{0,40}")
+"""An implementation that transformers has itself; any other name is fetched from the hub and run."""
+_DTYPE = re.compile(r"(torch\.)?(auto|half|double|float|b?float\d{1,3}\w*|u?int\d{1,2}|bool)")
+MAX_LABELS = 100_000
+"""transformers names every one of them."""
 
 
 @cache
@@ -94,14 +108,8 @@ def check_config(config: Mapping[str, Any], path: Path, *, trust_remote_code: bo
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"config.json must name its model_type: {path} does not.")
-    for key, fault in _REFUSED.items():
-        if config.get(key):
-            raise CheckpointError(f"config.json must not set {key!r}, which {fault}: {path}. Remove the key.")
-    if "auto_map" in config and not trust_remote_code:
-        raise CheckpointError(
-            f"checkpoint asks to run code of its own: {path} has an auto_map. quantlab runs it only with "
-            f"--trust-remote-code; set that if you trust its author."
-        )
+    for place, section in _sections(config):
+        _check_section(section, place, path, trust_remote_code=trust_remote_code)
     known = known_architectures()
     if known and model_type not in {*known, OURS} and "auto_map" not in config:
         raise CheckpointError(
@@ -110,6 +118,65 @@ def check_config(config: Mapping[str, Any], path: Path, *, trust_remote_code: bo
         )
     check_sizes(sizes_of(config, path), path)
     return model_type
+
+
+def _sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every object in a config, itself first, with its dotted place."""
+    waiting: list[tuple[str, Any]] = [("", config)]
+    while waiting:
+        place, node = waiting.pop()
+        if isinstance(node, Mapping):
+            yield place, node
+        items = node.items() if isinstance(node, Mapping) else enumerate(node)
+        waiting += [(f"{place}.{key}", value) for key, value in items if isinstance(value, Mapping | list)]
+
+
+def _check_section(section: Mapping[str, Any], place: str, path: Path, *, trust_remote_code: bool) -> None:
+    """What may stand at no depth of a config: code, kernels of the hub, dtypes and sizes that cannot be."""
+    where = f"{path}{' in ' + place[1:] if place else ''}"
+    for key, fault in _REFUSED.items():
+        if section.get(key):
+            raise CheckpointError(
+                f"config.json must not set {key!r}, which {fault}: {where}. Remove the key."
+            )
+    for key in _CODE:
+        if key in section and not trust_remote_code:
+            raise CheckpointError(
+                f"checkpoint asks to run code of its own: {where} has an {key}. quantlab runs it only with "
+                f"--trust-remote-code; set that if you trust its author."
+            )
+    for key, value in section.items():
+        # At the top the attention's is ours to choose: loading names one, whatever the config says.
+        if "attn" in key and not place:
+            continue
+        if isinstance(value, str) and _IMPLEMENTATIONS.fullmatch(key) and not _PLAIN.fullmatch(value):
+            raise CheckpointError(
+                f"config.json must not set {key!r} to {value!r}, which is fetched and run: {where}. Remove the key."
+            )
+        if isinstance(value, str) and key in ("dtype", "torch_dtype") and not _DTYPE.fullmatch(value):
+            raise CheckpointError(f"{key} must be a dtype such as 'bfloat16': {where} has {value!r}.")
+        if isinstance(value, float) and not isfinite(value):
+            raise CheckpointError(f"{key} must be finite: {where} has {value}.")
+    if place.endswith("_config") and section.get("quantization_config"):
+        raise CheckpointError(
+            f"config.json must not set 'quantization_config' within a part of the model: {where} has one."
+        )
+    _check_largest(section, where)
+
+
+def _check_largest(section: Mapping[str, Any], where: str) -> None:
+    limits = {name: largest for names, largest in SIZES.values() for name in names} | {
+        "num_labels": MAX_LABELS
+    }
+    for name in limits.keys() & section.keys():
+        if type(section[name]) is int and section[name] > limits[name]:
+            raise CheckpointError(
+                f"{_size_of(name)} must be 1 to {limits[name]}: {where} has {section[name]}."
+            )
+
+
+def _size_of(name: str) -> str:
+    return next((size for size, (names, _) in SIZES.items() if name in names), name)
 
 
 def sizes_of(config: Mapping[str, Any], path: Path) -> dict[str, int]:
@@ -130,7 +197,7 @@ def sizes_of(config: Mapping[str, Any], path: Path) -> dict[str, int]:
         if type(merged[name]) is not int:
             raise CheckpointError(f"{name} must be a whole number: {path} has {merged[name]!r}.")
         sizes[size] = merged[name]
-    for name in ("rope_scaling", "rope_parameters"):
+    for name in ("rope_scaling", "rope_parameters", "text_config"):
         if not isinstance(merged.get(name), dict | None):
             raise CheckpointError(f"{name} must be an object or null: {path} has {merged[name]!r}.")
     return sizes
@@ -160,9 +227,13 @@ def _check_size(size: str, value: int, path: Path) -> None:
 
 
 def _check_list(size: str, name: str, values: list[Any], path: Path) -> None:
-    if not values or not all(type(value) is int for value in values):
+    if (
+        not values
+        or len(values) > SIZES["num_hidden_layers"][1]
+        or not all(type(value) is int for value in values)
+    ):
         raise CheckpointError(
-            f"{name} must be a whole number, or a list of one for each layer: {path} has {values!r}."
+            f"{name} must be a whole number, or a list of one for each layer: {path} has {str(values)[:100]}."
         )
     for value in values:
         _check_size(size, value, path)

@@ -65,6 +65,46 @@ def carried_scheme(quantization: Mapping[str, Any], path: Path) -> Scheme:
     raise CheckpointError(f"quantization_config must name a scheme: that of {path} has {str(name)[:80]!r}.")
 
 
+def check_scales(quantization: Mapping[str, Any], tensors: Mapping[str, StoredTensor], path: Path) -> None:
+    """Every packed weight has its shape and scales of one of the groupings that the config names.
+
+    Raises:
+        CheckpointError: scales that are missing, or of another number: a reader would spread them over the rows.
+    """
+    groupings = [group["weights"] for group in quantization["config_groups"].values()]
+    for grouping in groupings:
+        size = grouping.get("group_size")
+        if grouping["strategy"] == "group" and (type(size) is not int or size < 1):
+            raise CheckpointError(f"group_size must be at least 1: config.json of {path} has {size!r}.")
+    for name, tensor in tensors.items():
+        module = name.removesuffix(".weight_packed")
+        if module == name:
+            continue
+        shape, scale = tensors.get(f"{module}.weight_shape"), tensors.get(f"{module}.weight_scale")
+        if shape is None or scale is None:
+            raise CheckpointError(
+                f"a packed weight must have its shape and scales: {path} lacks those of {module!r}."
+            )
+        sizes = read_int64s(shape)
+        if len(sizes) != 2 or min(sizes) < 1 or tensor.shape[:1] != sizes[:1]:
+            raise CheckpointError(
+                f"a packed weight must have its own rows: {path} holds {name!r} of shape {list(tensor.shape)} and says "
+                f"{list(sizes)}."
+            )
+        expected = [_scale_shape(grouping, sizes) for grouping in groupings]
+        if scale.shape not in expected:
+            raise CheckpointError(
+                f"scales must be one for each group: {path} holds those of {module!r} as {list(scale.shape)}, its "
+                f"config.json asks for {list(expected[0])}."
+            )
+
+
+def _scale_shape(grouping: Mapping[str, Any], sizes: tuple[int, ...]) -> tuple[int, ...]:
+    if grouping["strategy"] == "tensor":
+        return (1,)
+    return (sizes[0], -(-sizes[1] // grouping["group_size"]) if grouping["strategy"] == "group" else 1)
+
+
 def unpacked(
     tensors: Mapping[str, StoredTensor], quantization: Any = None, path: Path = Path()
 ) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -5,6 +5,7 @@ what the index says. Pickles run code when they are read, so they are refused wi
 """
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 from quantlab.errors import CheckpointError
 from quantlab.inspection.safetensors_header import (
-    MAX_HEADER_BYTES,
+    MAX_JSON_BYTES,
     StoredTensor,
     read_header,
     read_json,
@@ -21,8 +22,25 @@ from quantlab.inspection.safetensors_header import (
 )
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r"[^/\\\0:]{0,240}\.safetensors")
+"""A plain name of a file."""
 _TOKENIZERS = ("tokeniz", "vocab", "merges", "spiece", "tiktoken", "tekken")
 """What the names of tokenizer files of all kinds hold."""
+_READ = (
+    "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.json",
+)  # fmt: skip
+"""What transformers reads beside config.json, as objects."""
+_TEMPLATES = "additional_chat_templates"
+_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".py", ".tiktoken", ".safetensors")
+"""Of files that transformers may open."""
+MAX_FILE_BYTES = {".safetensors": None, ".json": 64_000_000, ".jinja": 1_000_000, "": 64_000_000}
+"""Suffix -> largest file that is opened, weights aside; the longest tokenizer.json that is public has 35 MB."""
+MAX_TOKENIZER_VALUES = 4_000_000
+"""Commas and opening brackets in a tokenizer.json; one of 262,000 tokens with merges has two million."""
+MAX_SHARDS = 10_000
+MAX_DEPTH = 100
+"""Objects and lists within each other: what walks them later may not go as deep as what reads them."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -43,15 +61,17 @@ def open_folder(path: Path) -> Folder:
         CheckpointError: something is missing, damaged, unsafe, or of another format.
     """
     config_file = path / "config.json"
-    if not config_file.exists():
+    if not (config_file.exists() or config_file.is_symlink()):
         raise CheckpointError(f"not a checkpoint: {path} {_instead_of_config(path)}.")
-    config = read_object(config_file)
+    config = read_object(inside(config_file))
     if (path / "adapter_config.json").exists():
         raise CheckpointError(
             f"checkpoint must be a whole model: {path} holds an adapter (adapter_config.json). Merge it into its "
             f"base model first."
         )
+    _check_files(path)
     files, mapping = _weight_files(path)
+    listed = _by_shard(mapping or {})
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         header = read_header(inside(file))
@@ -61,7 +81,7 @@ def open_folder(path: Path) -> Folder:
             )
         tensors |= header
         if mapping is not None:
-            _check_shard(file, {name for name, shard in mapping.items() if shard == file.name}, header)
+            _check_shard(file, listed[file.name], header)
     if not tensors:
         raise CheckpointError(f"checkpoint must hold weights: {path} holds no tensor.")
     if not any(name in file.name for file in path.iterdir() for name in _TOKENIZERS):
@@ -72,28 +92,77 @@ def open_folder(path: Path) -> Folder:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A file that holds one JSON object, of at most 100 MB."""
-    if regular_file(path).st_size > MAX_HEADER_BYTES:
-        raise CheckpointError(f"checkpoint file is damaged: {path} is larger than {MAX_HEADER_BYTES} bytes.")
-    return read_json(path.read_bytes(), path)
+    """A file that holds one JSON object, of at most MAX_JSON_BYTES and MAX_DEPTH."""
+    if regular_file(path).st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"checkpoint file is damaged: {path} is larger than {MAX_JSON_BYTES} bytes.")
+    tree = read_json(path.read_bytes(), path)
+    _check_depth(tree, path)
+    return tree
+
+
+def _check_depth(tree: Any, path: Path) -> None:
+    """Level by level, without recursion."""
+    level = [tree]
+    for _ in range(MAX_DEPTH):
+        below = [value for node in level for value in (node.values() if isinstance(node, dict) else node)]
+        level = [value for value in below if isinstance(value, dict | list)]
+        if not level:
+            return
+    raise CheckpointError(f"checkpoint file is damaged: {path} is nested more than {MAX_DEPTH} deep.")
+
+
+def _check_files(path: Path) -> None:
+    """Every file that transformers may open lies in the folder, is a file, is not too large, and is JSON if it should.
+
+    Raises:
+        CheckpointError: a link that leads out, a pipe or device, or a file that is too large or damaged.
+    """
+    for file in sorted(path.iterdir()):
+        if file.name == _TEMPLATES:
+            for template in sorted(inside(file).iterdir()) if file.is_dir() else ():
+                _check_file(template)
+        elif file.suffix in _SUFFIXES and file.name not in (SINGLE, INDEX):
+            _check_file(file)
+    for name in _READ:
+        if (path / name).exists():
+            read_object(path / name)
+    tokenizer = path / "tokenizer.json"
+    if tokenizer.exists():
+        text = tokenizer.read_bytes()
+        if sum(text.count(mark) for mark in (b",", b"[", b"{")) > MAX_TOKENIZER_VALUES:
+            raise CheckpointError(
+                f"checkpoint file is damaged: {tokenizer} lists more than {MAX_TOKENIZER_VALUES} values."
+            )
+
+
+def _check_file(file: Path) -> None:
+    limit = MAX_FILE_BYTES.get(file.suffix, MAX_FILE_BYTES[""])
+    if regular_file(inside(file)).st_size > (limit or float("inf")):
+        raise CheckpointError(f"checkpoint file is damaged: {file} is larger than {limit} bytes.")
 
 
 def inside(path: Path) -> Path:
     """The path, whose file must lie in its own folder (or among the blobs of a hub snapshot, where links lead)."""
-    folder, target = path.parent.resolve(), path.resolve()
+    try:
+        folder, target = path.parent.resolve(), path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"checkpoint file must be readable: {path} leads in a ring.") from error
     roots = [folder]
     if folder.parent.name == "snapshots":
         roots.append(folder.parent.parent / "blobs")
     if not any(target.is_relative_to(root) for root in roots):
-        raise CheckpointError(f"weights must lie in the checkpoint's folder: {path} is a link to {target}.")
+        raise CheckpointError(
+            f"{'weights' if path.suffix == '.safetensors' else 'files'} must lie in the checkpoint's folder: {path} is "
+            f"a link to {target}."
+        )
     return path
 
 
 def _weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The weight files, and for shards the index's mapping of tensors to files."""
-    if (path / SINGLE).exists():
+    if (path / SINGLE).exists() or (path / SINGLE).is_symlink():
         return [path / SINGLE], None
-    if (path / INDEX).exists():
+    if (path / INDEX).exists() or (path / INDEX).is_symlink():
         mapping = _index(path / INDEX)
         return [path / name for name in sorted(set(mapping.values()))], mapping
     raise _no_weights(path)
@@ -105,15 +174,29 @@ def _index(file: Path) -> dict[str, str]:
     if not isinstance(mapping, dict) or not mapping:
         raise CheckpointError(f"shard index must map tensors to files: {file} has no weight_map.")
     for tensor, shard in mapping.items():
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\\0:"):
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard) or not shard.isprintable():
             raise CheckpointError(
                 f"shard index must name safetensors files of its own folder: {file} sends {tensor!r} to {shard!r}."
             )
-        if not (file.parent / shard).exists():
-            raise CheckpointError(
-                f"shard is missing: {file} sends {tensor!r} to {shard!r}, which is not there."
-            )
+    shards = set(mapping.values())
+    if len(shards) > MAX_SHARDS:
+        raise CheckpointError(
+            f"shard index must name at most {MAX_SHARDS} files: {file} names {len(shards)} of them."
+        )
+    there = {path.name for path in file.parent.iterdir()}
+    if missing := shards - there:
+        shard = min(missing)
+        tensor = next(tensor for tensor in mapping if mapping[tensor] == shard)
+        raise CheckpointError(f"shard is missing: {file} sends {tensor!r} to {shard!r}, which is not there.")
     return mapping
+
+
+def _by_shard(mapping: Mapping[str, str]) -> dict[str, set[str]]:
+    """Shard -> names of its tensors."""
+    listed: dict[str, set[str]] = {}
+    for name, shard in mapping.items():
+        listed.setdefault(shard, set()).add(name)
+    return listed
 
 
 def _check_shard(file: Path, listed: set[str], held: Mapping[str, StoredTensor]) -> None:

@@ -40,6 +40,12 @@ GGML_TYPES: dict[int, GgmlType] = {
 """ggml type id -> storage, of the types that weights are stored in."""
 
 MAX_KEY_BYTES = 65_535
+MAX_STRING_BYTES = 4_000_000
+"""Of one value; the longest chat templates have 50,000."""
+MAX_KEYS = 10_000
+MAX_TENSORS = 50_000
+MAX_ELEMENTS = 2_000_000
+"""Of all arrays together; a tokenizer of 262,000 tokens with scores, types and merges has 1.4 million."""
 MAX_DIMENSIONS = 4
 MAX_ALIGNMENT = 1 << 20
 
@@ -96,6 +102,7 @@ class _Reader:
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.position = path, data, 0
+        self.num_elements = 0
 
     def header(self) -> GgufHeader:
         if self.data[:4] != b"GGUF":
@@ -108,8 +115,10 @@ class _Reader:
             raise CheckpointError(f"GGUF version must be 2 or 3, little endian: {self.path} has {version}.")
         num_tensors, num_keys = self.scalar("Q"), self.scalar("Q")
         self.room_for(num_keys, 13, "metadata keys")
+        self.at_most(num_keys, MAX_KEYS, "metadata keys")
         metadata, places = self.metadata(num_keys)
         self.room_for(num_tensors, 32, "tensors")
+        self.at_most(num_tensors, MAX_TENSORS, "tensors")
         infos = [self.info() for _ in range(num_tensors)]
         return GgufHeader(metadata, self.placed(infos, self.alignment(metadata)), places)
 
@@ -124,6 +133,11 @@ class _Reader:
                 f"says that {count} {what} follow byte {self.position}, but only {left} bytes do"
             )
 
+    def at_most(self, count: int, largest: int, what: str) -> None:
+        """Refuse a count that a file could hold, but that no model needs and a reader would walk for long."""
+        if count > largest:
+            raise self.broken(f"says that it has {count} {what}; at most {largest} are allowed")
+
     def scalar(self, code: str) -> Any:
         self.room_for(1, struct.calcsize(f"<{code}"), "values")
         (value,) = struct.unpack_from(f"<{code}", self.data, self.position)
@@ -135,6 +149,7 @@ class _Reader:
         self.room_for(length, 1, "bytes of a string")
         if limit is not None and length > limit:
             raise self.broken(f"holds a name of {length} bytes; at most {limit} are allowed")
+        self.at_most(length, MAX_STRING_BYTES, "bytes in a string")
         start, self.position = self.position, self.position + length
         try:
             return self.data[start : self.position].decode("utf-8")
@@ -171,6 +186,7 @@ class _Reader:
         if kind in _SCALARS:
             width = struct.calcsize(f"<{_SCALARS[kind]}")
             self.room_for(count, width, f"elements of {key!r}")
+            self.counted(count)
             self.position += count * width
             return GgufArray(count)
         if kind != _STRING:
@@ -178,8 +194,13 @@ class _Reader:
                 f"gives the array {key!r} elements of type {kind}; scalars and strings are allowed"
             )
         self.room_for(count, 8, f"strings of {key!r}")
+        self.counted(count)
         self.skip_strings(key, count)
         return GgufArray(count)
+
+    def counted(self, count: int) -> None:
+        self.num_elements += count
+        self.at_most(self.num_elements, MAX_ELEMENTS, "elements in its arrays")
 
     def skip_strings(self, key: str, count: int) -> None:
         length_of, end = struct.Struct("<Q").unpack_from, len(self.data)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import CheckpointError
-from quantlab.inspection.compressed import source_of_quantized
+from quantlab.inspection.compressed import check_scales, source_of_quantized
 from quantlab.inspection.gguf_header import GgufTensor
 from quantlab.inspection.safetensors_header import StoredTensor
 
@@ -48,13 +48,23 @@ def source_of_folder(config: Mapping[str, Any], tensors: Mapping[str, StoredTens
     """
     quantization = config.get("quantization_config")
     if quantization:
-        return source_of_quantized(quantization, path)
+        source = source_of_quantized(quantization, path)
+        if quantization["quant_method"] == "compressed-tensors":
+            check_scales(quantization, tensors, path)
+        return source
     kind = _most_common({name: (t.dtype, t.shape) for name, t in tensors.items()})
     if kind not in _DTYPE_NAMES:
         raise CheckpointError(
             f"weights must be floats of 16 bits or more, or say how they were quantized: most of {path} is {kind} "
             f"and its config.json has no quantization_config."
         )
+    for name, tensor in tensors.items():
+        # Buffers, such as masks and position ids, may be integers.
+        if name.endswith(".weight") and tensor.dtype not in _DTYPE_NAMES:
+            raise CheckpointError(
+                f"weights must be floats of 16 bits or more, or say how they were quantized: {path} holds {name!r} as "
+                f"{tensor.dtype} and its config.json has no quantization_config."
+            )
     return _DTYPE_NAMES[kind], None
 
 

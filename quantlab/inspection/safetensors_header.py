@@ -8,6 +8,7 @@ Source: the format section of the safetensors README.
 
 import json
 import stat
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,11 +17,19 @@ from typing import Any, TypeGuard
 
 from quantlab.errors import CheckpointError
 
-MAX_HEADER_BYTES = 100_000_000
-"""The library's own limit."""
-MAX_TENSORS = 200_000
-"""In one file. The largest public mixtures of experts hold fewer than 1,000 in each of their shards."""
+MAX_HEADER_BYTES = 25_000_000
+"""The library allows four times as much, whose text alone can take 400 MB. MAX_TENSORS entries take 15 MB."""
+MAX_TENSORS = 100_000
+"""In one file. The largest public mixtures of experts hold fewer than 2,000 in each of their shards."""
 MAX_DIMENSION = 2**48
+MAX_DIMENSIONS = 64
+MAX_JSON_BYTES = 16_000_000
+"""Of a config or an index; an index of 100,000 tensors takes 10 MB."""
+MAX_JSON_VALUES = 1_500_000
+"""Commas and opening brackets in one JSON text: what it takes in memory grows with them, not with its bytes. A header
+of MAX_TENSORS tensors of four dimensions has 1.1 million."""
+MAX_DEPTH = 100
+"""Objects and lists within each other. Python allows a thousand; what walks the tree later may allow fewer."""
 
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8,
@@ -63,7 +72,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if text.count(b'"data_offsets"') > MAX_TENSORS:
         raise _broken(path, f"lists more than {MAX_TENSORS} tensors")
     entries = read_json(text, path)
-    entries.pop("__metadata__", None)
+    _check_metadata(entries.pop("__metadata__", {}), path)
     tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in entries.items()}
     _check_layout(path, tensors, 8 + length, size)
     return tensors
@@ -96,10 +105,12 @@ def read_json(text: bytes, path: Path) -> dict[str, Any]:
     def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         mapping = dict(pairs)
         if len(mapping) < len(pairs):
-            twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
             raise _broken(path, f"names {twice!r} twice")
         return mapping
 
+    if sum(text.count(mark) for mark in (b",", b"[", b"{")) > MAX_JSON_VALUES:
+        raise _broken(path, f"lists more than {MAX_JSON_VALUES} values")
     try:
         tree = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates)
     except UnicodeDecodeError as error:
@@ -111,19 +122,26 @@ def read_json(text: bytes, path: Path) -> dict[str, Any]:
     return tree
 
 
+def _check_metadata(metadata: Any, path: Path) -> None:
+    """The library takes text alone."""
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _broken(path, "has metadata that is not a mapping of text to text")
+
+
 def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     """One entry, with dtype, shape and offsets that agree with each other."""
-    if not isinstance(entry, dict):
-        raise _broken(
-            path, f"describes {name!r} by {type(entry).__name__}, not by dtype, shape and data_offsets"
-        )
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        found = f"the keys {sorted(entry)}" if isinstance(entry, dict) else type(entry).__name__
+        raise _broken(path, f"describes {name!r} by {found}, not by dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise _broken(
             path, f"gives {name!r} the dtype {dtype!r}, which is not one of {', '.join(DTYPE_BYTES)}"
         )
     if not _is_naturals(shape) or not all(size <= MAX_DIMENSION for size in shape):
         raise _broken(path, f"gives {name!r} the shape {shape!r}, which is not a list of sizes")
+    if len(shape) > MAX_DIMENSIONS:
+        raise _broken(path, f"gives {name!r} {len(shape)} dimensions; at most {MAX_DIMENSIONS} are allowed")
     if not _is_naturals(offsets) or len(offsets) != 2:
         raise _broken(path, f"gives {name!r} the data_offsets {offsets!r}, which are not [begin, end]")
     begin, end = offsets

@@ -33,6 +33,7 @@ def check_shapes(tensors: Tensors, sizes: Sizes, family: Family, path: Path) -> 
         CheckpointError: a tensor that disagrees, or a layer that is missing.
     """
     _check_layers(tensors, sizes, path)
+    _check_counts(tensors, sizes, path)
     predicted = _predicted(sizes, family)
     rows = sizes.get("vocab_size", 0)
     for name, (_, shape) in tensors.items():
@@ -43,6 +44,9 @@ def check_shapes(tensors: Tensors, sizes: Sizes, family: Family, path: Path) -> 
             _check_embedding(name, shape, sizes, path)
         elif leaf == "weight" and last in predicted and _LAYER.search(name) and shape != predicted[last]:
             raise _disagrees(name, shape, predicted[last], path)
+    head = tensors.get("lm_head.weight", ("", ()))[1]
+    if len(head) == 2 and head[0] != sizes.get("vocab_size", head[0]):
+        raise _disagrees("lm_head.weight", head, (sizes["vocab_size"], head[1]), path)
     return rows
 
 
@@ -71,6 +75,21 @@ def _check_layers(tensors: Tensors, sizes: Sizes, path: Path) -> None:
             f"tensors must agree with the config: {path} has num_hidden_layers {sizes['num_hidden_layers']}, but "
             f"layer {min(missing)} is missing."
         )
+
+
+def _check_counts(tensors: Tensors, sizes: Sizes, path: Path) -> None:
+    """A layer has a tensor, an expert a tensor or a row of one: a model of more is not built to find that out."""
+    widest = max((size for _, shape in tensors.values() for size in shape), default=0)
+    bounds = {"num_hidden_layers": len(tensors), "num_experts": max(len(tensors), widest)}
+    for size, bound in bounds.items():
+        if sizes.get(size, 0) > bound:
+            raise CheckpointError(
+                f"tensors must agree with the config: {path} has {size} {sizes[size]}, but tensors for {bound} at most."
+            )
+    for name, (_, shape) in tensors.items():
+        positions = sizes.get("max_position_embeddings", shape[0] if shape else 0)
+        if name.endswith(("wpe.weight", "position_embd.weight")) and shape and shape[0] != positions:
+            raise _disagrees(name, shape, (positions, *shape[1:]), path)
 
 
 def _check_embedding(name: str, shape: Shape, sizes: Sizes, path: Path) -> None:

@@ -5,6 +5,9 @@ another shape, unknown to the model, or not finite is an error, since transforme
 or drop it with a warning.
 """
 
+import os
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -69,6 +72,7 @@ def load_checkpoint(config: CheckpointConfig, info: CheckpointInfo | None = None
         load = _load_gguf if info.kind == "gguf" else _load_folder
         model, report = load(info, resolve_dtype(config.dtype, device), config.trust_remote_code)
         check_complete(report, info.path)
+        _check_tied(model, info)
         tokenizer = load_tokenizer(info, config.trust_remote_code)
         model = model.to(device).eval().requires_grad_(False)
         check_finite(model, info.path)
@@ -126,6 +130,18 @@ def _load_folder(
     return model, report
 
 
+def _check_tied(model: PreTrainedModel, info: CheckpointInfo) -> None:
+    """What the config ties is one tensor: transformers unties it without a word where two are stored that differ."""
+    head = model.get_output_embeddings()
+    if not model.config.tie_word_embeddings or head is None:
+        return
+    if head.weight is not model.get_input_embeddings().weight:
+        raise CheckpointError(
+            f"tied embeddings must be stored once, or twice and equal: {info.path} holds an output embedding of its own, "
+            f"and tie_word_embeddings of its config.json is true. Set that to false if both are meant."
+        )
+
+
 def attention_of(model_class: Any) -> str:
     """The attention that a class is loaded with: named, since a config.json may name one to fetch and run."""
     return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
@@ -151,6 +167,14 @@ def _load_gguf(
 
 
 def load_tokenizer(info: CheckpointInfo, trusted: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, which has encoded a text: what its parts hold is looked at by the first alone."""
+    with _without_panics():
+        tokenizer = _tokenizer_of(info, trusted)
+        tokenizer("A text.", verbose=False)
+    return tokenizer
+
+
+def _tokenizer_of(info: CheckpointInfo, trusted: bool) -> PreTrainedTokenizerBase:
     if info.kind == "gguf":
         # Built directly: from_pretrained would prefer any tokenizer.json that lies beside the file.
         tokenizer = PreTrainedTokenizerFast(name_or_path=str(info.path.parent), gguf_file=info.path.name)
@@ -210,6 +234,28 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _without_panics() -> Iterator[None]:
+    """A panic of the tokenizers library, which is no Exception and prints a stack, as an Exception that prints none."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as printed:
+        os.dup2(printed.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            printed.truncate(0)
+            raise ValueError(str(error)) from error
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            printed.seek(0)
+            sys.stderr.write(printed.read().decode(errors="replace"))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 
-Damage = Callable[[Path], Path | None]
+Damage = Callable[[Path], Path | str | None]
 """Changes the good checkpoint in a folder; returns what is opened, where that is not the folder itself."""
 
 
@@ -42,13 +42,14 @@ class Case:
         """A control: it must be accepted."""
         return not self.says
 
-    def make(self, bases: Path, place: Path) -> Path:
+    def make(self, bases: Path, place: Path) -> Path | str:
         """Build the case from the good checkpoints in `bases`; returns the path that is opened."""
         it = place / "it"
         shutil.copytree(bases / self.base, it, symlinks=True)
         for name in ("outside", "work"):
             (place / name).mkdir()
-        return self.damage(it) or opened(it)
+        path = self.damage(it)
+        return opened(it) if path is None else path
 
 
 def opened(it: Path) -> Path:
@@ -137,7 +138,7 @@ def without(*names: str) -> Damage:
 def both(*damages: Damage) -> Damage:
     """One damage after another; the last path that is returned counts."""
 
-    def damage(it: Path) -> Path | None:
+    def damage(it: Path) -> Path | str | None:
         paths = [step(it) for step in damages]
         return next((path for path in reversed(paths) if path is not None), None)
 

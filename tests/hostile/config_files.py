@@ -1,19 +1,35 @@
 """Bad config.json, tokenizers, templates and values: what a checkpoint says of itself (B9-B15, B17, B20, B22-B27, B30)."""
 
+# ruff: noqa: E501  a case, a line
+
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tests.hostile.case import CONFIG, WEIGHTS, Case, Damage, both, changed, configured, linked, sparse, without, written
+from tests.hostile.case import (
+    CONFIG,
+    WEIGHTS,
+    Case,
+    Damage,
+    both,
+    changed,
+    configured,
+    linked,
+    sparse,
+    without,
+    written,
+)
 from tests.hostile.tensors import added, poked, replaced, reweighted
 
 SPY = "import pathlib; pathlib.Path(__file__).parent.parent.joinpath('canary').touch()\n"
 """A module that leaves its mark when it is imported."""
 
-TEMPLATE = "{{ ''.__class__.__mro__[1].__subclasses__() }}{% for x in ().__class__.__base__.__subclasses__() %}" \
+TEMPLATE = (
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}{% for x in ().__class__.__base__.__subclasses__() %}"
     "{% if 'warning' in x.__name__ %}{{x()._module.__builtins__['__import__']('os').system('touch canary')}}{% endif %}{% endfor %}"
+)
 
 
 def spied(name: str = "modeling_evil.py") -> Damage:
@@ -79,10 +95,10 @@ SIZES = [
     Case("layer types of another number", "B9", configured(model_type="qwen2", layer_types=["full_attention"]), "cannot be loaded", loads=True),
     Case("inner sizes of a million", "B9", configured(intermediate_size=[96] * 1_000_000), "intermediate_size|lists more"),
     Case("activation unknown", "B9", configured(hidden_act="__import__('os').system"), "cannot be loaded", loads=True),
-    Case("dtype os", "B9", configured(dtype="os"), "cannot be loaded|dtype must be"),
-    Case("dtype __builtins__", "B9", configured(torch_dtype="__builtins__"), "cannot be loaded|dtype must be"),
+    Case("dtype os", "B9", configured(dtype="os"), "dtype must be"),
+    Case("dtype __builtins__", "B9", configured(torch_dtype="__builtins__"), "dtype must be"),
     Case("epsilon as text", "B9", configured(rms_norm_eps="1e-6"), "cannot be loaded", loads=True),
-    Case("epsilon NaN", "B9 B25", configured(rms_norm_eps=float("nan")), "must be finite|cannot be loaded|NaN", loads=True),
+    Case("epsilon NaN", "B9 B25", configured(rms_norm_eps=float("nan")), "must be finite"),
     Case("tie_word_embeddings as text", "B9", configured(tie_word_embeddings="yes"), "cannot be loaded", loads=True),
     Case("quantization_config as text", "B9", configured(quantization_config="evil"), "was quantized by 'evil'"),
     Case("quantization_config of gptq", "B9", configured(quantization_config={"quant_method": "gptq", "bits": 4}), "was quantized by 'gptq'"),
@@ -101,14 +117,14 @@ CODE = [
     Case("auto_map in quantization_config", "B9 B10", both(spied(), configured(quantization_config={
          "quant_method": "compressed-tensors", "config_groups": {}, "auto_map": {"a": "b"}})), "run code of its own"),
     Case("auto_map in the tokenizer's config", "B10", both(spied(), tokenized(auto_map={"AutoTokenizer": ["modeling_evil.Evil", None]},
-         tokenizer_class="Evil")), "run code of its own"),
-    Case("auto_map in the generation config", "B10", both(spied("custom_generate/generate.py"), changed("generation_config.json",
-         auto_map={"AutoModel": "modeling_evil.Evil"}, custom_generate="evil/repo")), "run code of its own"),
+         tokenizer_class="Evil")), "contains custom code", loads=True),
+    Case("good: auto_map in the generation config is not run", "B10", both(spied("custom_generate/generate.py"), changed("generation_config.json",
+         auto_map={"AutoModel": "modeling_evil.Evil"}, custom_generate="evil/repo")), "", loads=True),
     Case("trust_remote_code in the config", "B10", configured(trust_remote_code=True), "must not set 'trust_remote_code'"),
-    Case("custom_pipelines", "B10", configured(custom_pipelines={"text-generation": {"impl": "modeling_evil.Evil"}}), "must not set 'custom_pipelines'"),
-    Case("_attn_implementation of the hub", "B9", configured(_attn_implementation="kernels-community/evil"), "must not set '_attn_implementation'"),
-    Case("attn_implementation of the hub", "B9", configured(attn_implementation="evil/kernel"), "must not set 'attn_implementation'"),
-    Case("_attn_implementation_internal", "B9", configured(_attn_implementation_internal="evil/kernel"), "must not set '_attn_implementation_internal'"),
+    Case("custom_pipelines", "B10", configured(custom_pipelines={"text-generation": {"impl": "modeling_evil.Evil"}}), "run code of its own: .*custom_pipelines"),
+    Case("good: _attn_implementation of the hub is not fetched", "B9", configured(_attn_implementation="kernels-community/evil"), "", loads=True),
+    Case("good: attn_implementation of the hub is not fetched", "B9", configured(attn_implementation="evil/kernel"), "", loads=True),
+    Case("good: _attn_implementation_internal is not fetched", "B9", configured(_attn_implementation_internal="evil/kernel"), "", loads=True),
     Case("_attn_implementation in text_config", "B9", configured(text_config={"_attn_implementation": "evil/kernel"}), "must not set '_attn_implementation'"),
     Case("experts_implementation of the hub", "B9", configured(experts_implementation="evil/kernel"), "must not set 'experts_implementation'"),
     Case("another weight file", "B8 B9", configured(transformers_weights="../outside/x.safetensors"), "must not set 'transformers_weights'"),
@@ -116,8 +132,8 @@ CODE = [
     Case("modules to be replaced", "B9", configured(fusion_config={"a": "b"}), "must not set 'fusion_config'"),
     Case("kernels to be used", "B9", configured(use_kernels=True, kernel_config={"a": "b"}), "must not set"),
     Case("_target_ of hydra", "B10", configured(_target_="os.system", _args_=["touch canary"]), "must not set '_target_'"),
-    Case("tokenizer of a module", "B10", both(spied("tokenization_evil.py"), tokenized(tokenizer_class="tokenization_evil.Evil")), "", loads=True),
-    Case("tokenizer_file outside", "B8 B19", tokenized(tokenizer_file="/etc/hostname", vocab_file="/etc/hostname"), "", loads=True),
+    Case("good: tokenizer of a module is not imported", "B10", both(spied("tokenization_evil.py"), tokenized(tokenizer_class="tokenization_evil.Evil")), "", loads=True),
+    Case("good: tokenizer_file outside is not read", "B8 B19", tokenized(tokenizer_file="/etc/hostname", vocab_file="/etc/hostname"), "", loads=True),
     Case("good: python files lie unused", "B10", both(spied(), spied("configuration_llama.py"), spied("tokenization.py"), spied("sitecustomize.py")),
          "", loads=True),
 ]  # fmt: skip
@@ -142,10 +158,10 @@ JSON = [
     Case("tokenizer_config.json of 1 GB", "B17", sparse("tokenizer_config.json", 1 << 30), "is larger than"),
     Case("generation_config.json of 1 GB", "B17", sparse("generation_config.json", 1 << 30), "is larger than"),
     Case("tokenizer_config.json nested 100,000 deep", "B17", written("tokenizer_config.json", b"[" * 100_000), "valid JSON"),
-    Case("tokenizer.json nested 100,000 deep", "B17", written("tokenizer.json", b"[" * 100_000), "valid JSON|cannot be loaded"),
+    Case("tokenizer.json nested 100,000 deep", "B17", written("tokenizer.json", b"[" * 100_000), "valid JSON|cannot be loaded", loads=True),
     Case("tokenizer_config.json a list", "B17", written("tokenizer_config.json", []), "must hold a JSON object"),
     Case("generation_config.json garbage", "B17", written("generation_config.json", b"\xff{"), "is not UTF-8|valid JSON"),
-    Case("tokenizer.json garbage", "B17", written("tokenizer.json", b"garbage"), "valid JSON|cannot be loaded"),
+    Case("tokenizer.json garbage", "B17", written("tokenizer.json", b"garbage"), "valid JSON|cannot be loaded", loads=True),
     Case("chat template of 1 GB", "B17 B22", sparse("chat_template.jinja", 1 << 30), "is larger than"),
 ]  # fmt: skip
 
@@ -172,8 +188,8 @@ MODELS = [
     Case("tensor too many", "B12", added("model.layers.0.extra.weight", np.ones(3, np.float32)), "no place for", loads=True),
     Case("matrix of three dimensions", "B12", replaced("up_proj.weight", lambda w: w[None]), "tensors must agree"),
     Case("weights are integers", "B12", reweighted(lambda a: a.update({k: v.astype(np.int8) for k, v in a.items()})), "must be floats of 16 bits"),
-    Case("one weight is integers", "B12", replaced("up_proj.weight", lambda w: w.astype(np.int32)), "floats", loads=True),
-    Case("one weight is truths", "B12", replaced("down_proj.weight", lambda w: w > 0), "floats", loads=True),
+    Case("one weight is integers", "B12", replaced("up_proj.weight", lambda w: w.astype(np.int32)), "floats"),
+    Case("one weight is truths", "B12", replaced("down_proj.weight", lambda w: w > 0), "floats"),
     Case("NaN in a matrix", "B25", poked("up_proj.weight", float("nan")), "holds 1 NaN or Inf among the 6144", loads=True),
     Case("Inf in a norm", "B25", poked("input_layernorm.weight", float("inf")), "holds 1 NaN or Inf among the 64", loads=True),
     Case("-Inf in the embedding", "B25", poked("embed_tokens.weight", float("-inf")), "must be finite", loads=True),
@@ -188,7 +204,7 @@ MODELS = [
     Case("lm_head stored twice and unequal", "B27", reweighted(lambda a: a.update({"lm_head.weight": a["model.embed_tokens.weight"] + 1})),
          "tied|tie_word_embeddings", base="tied", loads=True),
     Case("lm_head stored twice, of another shape", "B27", reweighted(lambda a: a.update({"lm_head.weight": a["model.embed_tokens.weight"][:8]})),
-         "tied|tie_word_embeddings|must agree", base="tied", loads=True),
+         "must agree with the config", base="tied"),
     Case("lm_head stored twice, one value apart", "B27", both(reweighted(lambda a: a.update(
          {"lm_head.weight": a["model.embed_tokens.weight"].copy()})), poked("lm_head.weight", 3.0)), "tied|tie_word_embeddings", base="tied", loads=True),
     Case("lm_head neither stored nor tied", "B27", configured(tie_word_embeddings=False), "lacks weights of its model: .*lm_head", base="tied", loads=True),
@@ -212,8 +228,8 @@ QUANTIZED = [
     Case("scale NaN", "B13", poked("weight_scale", float("nan")), "must be finite", base="compressed", loads=True),
     Case("scale -Inf in float16", "B13", replaced("weight_scale", lambda s: np.full_like(s, -np.inf).astype(np.float16)),
          "must be finite", base="compressed", loads=True),
-    Case("scales of another shape", "B12 B13", replaced("weight_scale", lambda s: s[:, :1]), "must|cannot be loaded", base="compressed", loads=True),
-    Case("scales missing", "B12 B13", replaced("weight_scale", lambda s: None), "lacks|cannot be loaded|must", base="compressed", loads=True),
+    Case("scales of another shape", "B12 B13", replaced("weight_scale", lambda s: s[:, :1]), "one for each group", base="compressed"),
+    Case("scales missing", "B12 B13", replaced("weight_scale", lambda s: None), "must have its shape and scales", base="compressed"),
     Case("codes one column short", "B12", replaced("weight_packed", lambda p: p[:, :-1]), "must|cannot be loaded", base="compressed", loads=True),
     Case("weight_shape of 2^40", "B6 B12", replaced("weight_shape", lambda s: np.array([2**40, 2**40])), "tensors must agree", base="compressed"),
     Case("weight_shape negative", "B6 B12", replaced("weight_shape", lambda s: -s), "must", base="compressed"),
@@ -221,22 +237,23 @@ QUANTIZED = [
     Case("weight_shape of a million", "B12", replaced("weight_shape", lambda s: np.ones(10**6, np.int64)), "stores a shape as", base="compressed"),
     Case("bits 0", "B16 B13", _quantized(num_bits=0), "must|cannot be loaded", base="compressed", loads=True),
     Case("bits 63", "B16 B13", _quantized(num_bits=63), "must|cannot be loaded", base="compressed", loads=True),
-    Case("group size 0", "B16 B13", _quantized(group_size=0), "must|cannot be loaded", base="compressed", loads=True),
-    Case("group size 7", "B16 B13", _quantized(group_size=7), "must|cannot be loaded", base="compressed", loads=True),
+    Case("group size 0", "B16 B13", _quantized(group_size=0), "group_size must be", base="compressed"),
+    Case("group size 7", "B16 B13", _quantized(group_size=7), "one for each group", base="compressed"),
     Case("config groups of nobody", "B13", configured(quantization_config={"quant_method": "compressed-tensors"}), "must describe its weights", base="compressed"),
     Case("good: four bits in groups of 32", "B13", lambda it: None, "", base="compressed", loads=True),
     Case("diff model with odd heads", "B15", configured(num_attention_heads=5, num_key_value_heads=5, head_dim=16), "must", base="diff", loads=True),
-    Case("diff model without a lambda", "B15", replaced("lambda_q1", lambda w: None), "lacks weights of its model: .*lambda", base="diff", loads=True),
+    Case("diff model without a lambda", "B15", replaced("lambda_.q1", lambda w: None), "lacks weights of its model: .*lambda", base="diff", loads=True),
     Case("diff model of no such variant", "B15", configured(variant="diff_v9"), "diff_v9", base="diff", loads=True),
     Case("diff model with an option unknown", "B15", configured(variant_options={"lambda": 1}), "lambda", base="diff", loads=True),
-    Case("diff model with NaN in its lambda", "B15 B25", poked("lambda_q1", float("nan"), 0), "must be finite", base="diff", loads=True),
-    Case("diff model with lambda of another shape", "B15", replaced("lambda_k2", lambda w: w[:1]), "the model asks for", base="diff", loads=True),
+    Case("diff model with NaN in its lambda", "B15 B25", poked("lambda_.q1", float("nan"), 0), "must be finite", base="diff", loads=True),
+    Case("diff model with lambda of another shape", "B15", replaced("lambda_.k2", lambda w: w[:1]), "the model asks for", base="diff", loads=True),
     Case("diffllama without lambda_k1", "B15", replaced("lambda_k1", lambda w: None), "lacks weights of its model: .*lambda_k1", base="diffllama", loads=True),
     Case("diffllama with odd heads", "B15", configured(num_attention_heads=1, num_key_value_heads=1, head_dim=64), "must", base="diffllama", loads=True),
     Case("good: diff model", "B15", lambda it: None, "", base="diff", loads=True),
 ]  # fmt: skip
 
 TOKENIZERS = [
+    Case("architecture of a megabyte", "B14 B20", configured(model_type="llama" * 200_000), "architecture must be"),
     Case("tokenizer missing", "B23", without("tokenizer.json", "tokenizer_config.json"), "must hold its tokenizer"),
     Case("tokenizer ids past the embedding", "B23", retokenized(_more_tokens), "every token id must be a row", loads=True),
     Case("tokenizer of another kind", "B23", retokenized(lambda tree: tree["model"].update(type="Evil")), "cannot be loaded", loads=True),
@@ -259,7 +276,7 @@ TOKENIZERS = [
     Case("adapter of itself", "B30", lambda it: written("adapter_config.json", {"base_model_name_or_path": str(it)})(it), "holds an adapter"),
     Case("good: a card whose base_model is itself", "B30", lambda it: written("README.md", f"---\nbase_model: {it}\n---\n")(it), "", loads=True),
     Case("good: _name_or_path leads in a ring", "B30", lambda it: configured(_name_or_path=str(it), base_model=str(it))(it), "", loads=True),
-    Case("folder that links to itself", "B30 B19", linked("loop", "."), "", loads=True),
+    Case("good: a folder that links to itself", "B30 B19", linked("loop", "."), "", loads=True),
     Case("index that names itself", "B30", both(without(WEIGHTS), written("model.safetensors.index.json",
          {"weight_map": {"a": "model.safetensors.index.json"}})), "files of its own folder"),
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """The other end of server.py: asks it to run command lines, and judges what came of them."""
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -72,8 +73,6 @@ def serving(warm: Sequence[str] = (), prefix: Sequence[str] = ()) -> Iterator[Se
 
 def faults(outcome: Outcome, place: Path, bases: Path, says: str) -> list[str]:
     """What an outcome breaks of the promise, in words; empty for a clean refusal (or, without `says`, success)."""
-    import re
-
     found = [f"executed: {ran}" for ran in outcome.ran]
     found += ["the canary is there"] * ((place / "canary").exists() or (place / "it/canary").exists())
     found += [f"compiled {name}" for name in outcome.compiled if str(place) in name or name == "<template>"]
@@ -101,5 +100,19 @@ def allowed(path: str, place: Path, bases: Path) -> bool:
     if there.is_relative_to(place / "outside"):
         return False
     roots = [place, bases, ROOT, *map(Path, {sys.prefix, sys.base_prefix, sys.exec_prefix})]
-    system = ("/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/sys/", "/dev/null", "/dev/urandom", "/usr/share/zoneinfo")
+    system = (
+        "/proc/self/",
+        "/proc/cpuinfo",
+        "/proc/meminfo",
+        "/proc/stat",
+        "/proc/mounts",
+        "/proc/sys/kernel/",
+        "/sys/",
+        "/dev/null",
+        "/dev/urandom",
+        "/usr/share/zoneinfo",
+    )
+    # The folder itself is opened for a temporary file without a name.
+    if there == Path(tempfile.gettempdir()).resolve():
+        return True
     return any(there.is_relative_to(root.resolve()) for root in roots) or path.startswith(system)

@@ -1,5 +1,7 @@
 """Bad safetensors files: header, layout, dtypes, and what lies where a file should be (B4-B7, B19)."""
 
+# ruff: noqa: E501  a case, a line
+
 import json
 import os
 from pathlib import Path
@@ -128,7 +130,7 @@ CASES = [
     _case("number of ten thousand digits", "B4", packed(b'{"a":{"dtype":"F32","shape":[' + b"1" * 10_000
           + b'],"data_offsets":[0,4]}}'), "does not hold valid JSON"),
     _case("nested a hundred thousand deep", "B17", packed(b'{"a":' * 100_000), "does not hold valid JSON"),
-    _case("header of spaces", "B17", packed(b" " * 30_000_000, b""), "does not hold valid JSON"),
+    _case("header of spaces", "B17", packed(b" " * 20_000_000, b""), "does not hold valid JSON"),
     Case("header of 3 GB that is not there", "B17", sparse(WEIGHTS, 3 << 30, _length(3 << 30)), "are allowed",
          tools=TOOLS),
     Case("header of 90 MB of zeros", "B17", sparse(WEIGHTS, 91_000_000, _length(90_000_000)),

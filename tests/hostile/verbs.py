@@ -5,7 +5,7 @@ from pathlib import Path
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 
 
-def words_of(verb: str, path: Path, bases: Path, work: Path) -> list[str]:
+def words_of(verb: str, path: Path | str, bases: Path, work: Path) -> list[str]:
     """The command line that opens `path`; it writes to `work` only."""
     text = bases / "text.txt"
     if not text.exists():
