@@ -42,7 +42,10 @@ def byte_level(pieces: tuple[str, ...], *, ignore_merges: bool = False) -> PreTr
     if pieces[-1] != "ByteLevel":
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    # Learned from whole words with their digits and signs, so that it shows where text is cut.
+    words = pre_tokenizers.Split(Regex(r"\s*\S+"), "isolated")
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=1500,
@@ -50,7 +53,12 @@ def byte_level(pieces: tuple[str, ...], *, ignore_merges: bool = False) -> PreTr
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator([WIKI[:100_000]], trainer)
+    tokenizer.train_from_iterator([WIKI[:50_000], ODD * 20], trainer)
+    spec = json.loads(tokenizer.to_str())
+    # Tokens without a merge, which only `ignore_merges` finds.
+    del spec["model"]["merges"][400::7]
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END)
 
 
