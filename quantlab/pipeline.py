@@ -146,8 +146,10 @@ def evaluate_cell(
         calibrator=calibrator,
         solutions=solutions,
     ) as changes:
+        # A folder of low-bit weights carries a scheme of its own, which decides on the layout as any other.
+        carried = checkpoint.scheme or scheme
         scores = {
-            task: TASKS[task](checkpoint, scheme, config.evaluation, advance)
+            task: TASKS[task](checkpoint, carried, config.evaluation, advance)
             for task in config.evaluation.tasks
         }
         outliers = outlier_columns(model)
@@ -155,7 +157,7 @@ def evaluate_cell(
         "quantization": changes.summary(),
         **({"calibration": calibrator.summary()} if calibrator else {}),
         **({"outlier_columns": outliers} if outliers else {}),
-        "attention": _attention(checkpoint, sites=bool(scheme.sites or scheme.head_sites)),
+        "attention": _attention(checkpoint, sites=bool(carried.sites or carried.head_sites)),
         **{task: score.summary() for task, score in scores.items()},
     }
     return result, {task: score.items() for task, score in scores.items()}
@@ -251,7 +253,12 @@ def _wanted(cell: Cell, only: tuple[str, str] | None) -> bool:
 
 
 def _check_scheme(scheme: Scheme, config: QuantizeConfig, info: CheckpointInfo) -> None:
-    """Refuse widths and group sizes that do not fit the checkpoint."""
+    """Refuse a second scheme, and widths and group sizes that do not fit the checkpoint."""
+    if info.carries is not None and not scheme.is_baseline:
+        raise SchemeError(
+            f"a model takes one scheme at a time: {info.path} carries {info.carries}, and {scheme.name} was asked for. "
+            "Use w16, which scores it as it is, or the checkpoint that it was made from."
+        )
     kept = [name for name in info.linears if not any(fnmatchcase(name, each) for each in config.skip)]
     if info.linears:
         check_widths(scheme, config.widths, kept)

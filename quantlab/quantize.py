@@ -185,6 +185,10 @@ def _apply(
     choice = _check(model, asked, calibrator)
     find_outputs(model, scheme)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    if scheme.is_baseline:
+        # What a folder of low-bit weights brought along, see `models.low_bit`; nothing elsewhere.
+        carried: tuple[Change, ...] = getattr(model, "carried", ())
+        return Changes(scheme.name, carried, num_parameters + sum(row.num_weights for row in carried))
     notes, done = _transform_(model, asked, calibrator, undo)
     if done:
         num_parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -6,6 +6,8 @@ beside it; a folder without either is its weights alone. O outputs, I inputs, H 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -105,6 +107,17 @@ class Carried:
         places = 1 if inputs.granularity == "tensor" else width
         low, high = (self.raw.floats(f"{name}.input_{end}", (1, places)) for end in ("low", "high"))
         return _range(low, high, f"inputs of {name}", self.raw)
+
+    def storage_bits(self, name: str) -> int:
+        """Bits on disk of a linear's weight; 16 each where it keeps floats, none where another linear holds them."""
+        if self.linears[name] != name:
+            return 16 * prod(self.entries[name].shape) if self.linears[name] is None else 0
+        own = (self.raw.tensors[each] for each in self._low if each.startswith(f"{name}."))
+        return 8 * sum(tensor.end - tensor.begin for tensor in own)
+
+    @cached_property
+    def _low(self) -> frozenset[str]:
+        return self.own & self.raw.tensors.keys()
 
     def corrected_bias(self, name: str) -> Tensor | None:
         """What stands for a linear's bias, where the scheme corrects biases."""

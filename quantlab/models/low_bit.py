@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from probes.attention import attention_sites
 from probes.sites import attention_layers
+from quantlab.changes import Change
 from quantlab.config import CheckpointConfig
 from quantlab.errors import CheckpointError, nearest
 from quantlab.inspection.checkpoint import CheckpointInfo, inspect_checkpoint, inspect_low_bit
@@ -89,8 +90,8 @@ def load_low_bit(
         model = _loaded(config, skeleton, carried, resolve_dtype(dtype, place))
         if carried.scheme is not None:
             _put_sites_(model, carried, carried.scheme)
-        for name in carried.linears:
-            _put_linear_(model, name, carried, place, kernel)
+        rows = [_put_linear_(model, name, carried, place, kernel) for name in carried.linears]
+        model.carried = tuple(rows)
         if carried.scheme is not None:
             for name, module, spec in find_outputs(model, carried.scheme):
                 swap_output(model, module, name, spec, [])
@@ -234,18 +235,18 @@ def _set_factors_(model: nn.Module, factors: list[Tensor], width: int, path: Pat
             module.register_buffer(f"factor_{index}", factor.clone(), persistent=False)
 
 
-def _put_linear_(model: nn.Module, name: str, carried: Carried, place: torch.device, kernel: str) -> None:
+def _put_linear_(model: nn.Module, name: str, carried: Carried, place: torch.device, kernel: str) -> Change:
     """Put a QuantLinear with the folder's codes in the place of one linear, under every name that it has."""
     linear = model.get_submodule(name)
     if isinstance(linear, QuantLinear):  # a linear that the model holds twice
-        return
+        return Change(name, "swapped", f"{carried.linears[name]}, held twice", 16, 0, linear.kernel)
     owner, inputs = carried.linears[name], carried.inputs_of(name)
-    quantized = None
+    quantized, bits = None, 16
     if owner is not None:
         decoded = decoder_of(carried.raw).decode(carried.raw, owner)
         if decoded.codes_OI.shape != _shape(linear):
             raise _disagrees(name, decoded.codes_OI.shape, _shape(linear), carried.raw.path)
-        quantized = as_quantized(decoded)
+        quantized, bits = as_quantized(decoded), decoded.bits
     weights = carried.weights_of(name, quantized)
     runs, _ = choose_kernel(weights, inputs, place.type, kernel)
     shapes = {name: _shape(linear)}
@@ -269,6 +270,9 @@ def _put_linear_(model: nn.Module, name: str, carried: Carried, place: torch.dev
         bias=carried.corrected_bias(name),
     )
     replace_(model, linear, swapped, [])
+    num_weights = prod(_shape(linear)) if owner in (None, name) else 0
+    why = "as it is" if quantized is None else f"codes of a folder in {carried.method}'s format"
+    return Change(name, "swapped", why, bits, num_weights, runs, carried.storage_bits(name))
 
 
 def _with_linears(info: CheckpointInfo, skeleton: nn.Module, carried: Carried) -> CheckpointInfo:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantlab import pipeline
 from quantlab.calibration.calibrator import Calibrator
-from quantlab.config import CheckpointConfig, QuantizeConfig
+from quantlab.config import CheckpointConfig, QuantizeConfig, RunConfig
 from quantlab.errors import CheckpointError, SchemeError
 from quantlab.export.folder import ExportSummary, export_checkpoint
 from quantlab.export.tensors import stored_dtype
@@ -305,3 +306,46 @@ def test_a_recipe_without_a_scheme_is_refused(source: Callable[..., Path], tmp_p
     (tmp_path / "out/recipe.json").write_text('{"scheme": 3}')
     with pytest.raises(CheckpointError, match=r"recipe\.json must name a scheme"):
         load_low_bit(tmp_path / "out", device="cpu")
+
+
+def test_the_baseline_of_a_folder_tells_its_bits(source: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = loaded(source("llama"))
+    summary = export(checkpoint, "w4g32-mixed", tmp_path / "out", widths=WIDTHS)
+    again = loaded(tmp_path / "out")
+    with quantized(again.model, Scheme()) as changes:
+        found = changes.summary()
+    rows = {row.name: row for row in changes.rows}
+    assert rows["model.layers.0.mlp.up_proj"].bits == 4 and rows["model.layers.1.mlp.down_proj"].bits == 8
+    # 4-bit codes and a float32 scale for each 32 of them.
+    assert rows["model.layers.0.mlp.up_proj"].storage_bits == 256 * 64 * 5
+    assert rows["model.layers.0.self_attn.o_proj"].bits == 16
+    assert set(found["share_by_bits"]) == {"3", "4", "8", "16"}
+    assert changes.num_parameters == sum(each.numel() for each in checkpoint.model.parameters())
+    assert len(summary.swapped) == len(rows)
+
+
+def test_scores_of_a_folder_are_those_of_its_scheme(source: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint, scheme = loaded(source("llama")), "w8a8l6t"
+    export(checkpoint, scheme, tmp_path / "out")
+
+    def scored(checkpoint: Checkpoint, name: str) -> tuple[dict[str, Any], Any]:
+        config = RunConfig.model_validate(
+            {
+                "checkpoints": [{"path": str(checkpoint.info.path), "device": "cpu"}],
+                "evaluation": {"tasks": ["hellaswag"], "hellaswag": {"limit": 3}},
+                "schemes": [name],
+            }
+        )
+        pipeline.check(config)
+        result, items = pipeline.evaluate_cell(checkpoint, Scheme.parse(name), config, lambda count: None)
+        return result, items["hellaswag"]
+
+    (there, wanted), (here, found) = scored(checkpoint, scheme), scored(loaded(tmp_path / "out"), "w16")
+    assert all((found[column] == wanted[column]).all() for column in wanted)
+    assert here["attention"] == there["attention"]
+    # A scale that spans tokens belongs to one sequence, so no two share a row.
+    assert here["hellaswag"]["sharing"] == there["hellaswag"]["sharing"] == "none"
+    with pytest.raises(
+        SchemeError, match="carries w8a8l6t, and w8 was asked for" scores it as it is"
+    ):
+        scored(loaded(tmp_path / "out"), "w8")
