@@ -345,7 +345,5 @@ def test_scores_of_a_folder_are_those_of_its_scheme(source: Callable[..., Path],
     assert here["attention"] == there["attention"]
     # A scale that spans tokens belongs to one sequence, so no two share a row.
     assert here["hellaswag"]["sharing"] == there["hellaswag"]["sharing"] == "none"
-    with pytest.raises(
-        SchemeError, match="carries w8a8l6t, and w8 was asked for" scores it as it is"
-    ):
+    with pytest.raises(SchemeError, match="carries w8a8l6t, and w8 was asked for"):
         scored(loaded(tmp_path / "out"), "w8")
