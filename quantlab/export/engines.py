@@ -139,9 +139,15 @@ def of_torchao(scheme: Scheme) -> tuple[Engine, ...]:
 
 def of_quanto(scheme: Scheme) -> tuple[Engine, ...]:
     """optimum-quanto's own loader; transformers does not load what quanto saved."""
+    assert scheme.weights is not None
+    note = "Weights become floats in most forward passes."
+    if scheme.weights.bits == 8:
+        note = (
+            "In bfloat16 on a CPU weights must be copied after loading, or torch's kernel ends the process."
+        )
     return (
-        Engine("quanto", "here", "smaller", "Weights become floats in every forward pass."),
-        Engine("transformers", "no", "smaller", "It makes such weights from floats, and loads none."),
+        Engine("quanto", "here", "smaller", note),
+        Engine("transformers", "no", "smaller", "It makes such weights from floats and loads none."),
     )
 
 

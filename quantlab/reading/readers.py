@@ -11,6 +11,7 @@ from typing import Protocol, cast
 
 from quantlab.errors import CheckpointError, nearest
 from quantlab.reading.decoded import Decoded
+from quantlab.reading.quanto import QMAP
 from quantlab.reading.raw import RawFolder
 
 __all__ = ["DECODERS", "Decoder", "decoder_of"]
@@ -42,9 +43,11 @@ def decoder_of(raw: RawFolder) -> Decoder:
     """The decoder of a folder.
 
     Raises:
-        CheckpointError: its config.json names no method that is read here.
+        CheckpointError: neither its config.json nor a file beside it names a method that is read here.
     """
-    method = str(raw.quantization.get("quant_method", "quanto"))
+    # quanto's own folders say nothing in config.json.
+    by_map = "quantization_config" not in raw.config and (raw.path / QMAP).is_file()
+    method = "quanto" if by_map else str(raw.quantization.get("quant_method"))
     if method not in DECODERS:
         raise CheckpointError(
             f"low-bit weights must be in a format that is read here: {raw.path} is in {method!r}."
