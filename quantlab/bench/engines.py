@@ -74,6 +74,12 @@ class _TorchEngine:
 
     def start(self, ids: Sequence[int]) -> None:
         self.cache = None
+        # Each time, since some weights appear with the first prompt. A product with a weight that asks for no gradient
+        # is the faster one, but for the head's: its input is a slice, for which torch would copy the weight first.
+        self.model.requires_grad_(False)
+        head = self.model.get_output_embeddings()
+        if head is not None and head.weight.is_floating_point():
+            head.weight.requires_grad_(True)
         self._read(ids)
 
     def step(self, token: int) -> None:
@@ -82,7 +88,7 @@ class _TorchEngine:
     def _read(self, ids: Sequence[int]) -> None:
         import torch
 
-        with torch.inference_mode():
+        with torch.no_grad():
             out = self.model(
                 input_ids=torch.tensor([list(ids)]),
                 past_key_values=self.cache,
@@ -100,10 +106,13 @@ class _TorchEngine:
 class _LlamaCpp:
     """llama.cpp through llama-cpp-python."""
 
-    arithmetic = "llama.cpp's own: inputs of linears in 8 bits"
-
     def __init__(self, file: Path, room: int, threads: int) -> None:
-        self.llm = import_module("llama_cpp").Llama(
+        self.arithmetic = "llama.cpp's own: inputs of linears in 8 bits"
+        library = import_module("llama_cpp")
+        if _has_amx():
+            _without_amx(library)
+            self.arithmetic += ", without its AMX kernels and repacked weights"
+        self.llm = library.Llama(
             model_path=str(file),
             n_gpu_layers=0,
             n_ctx=room,
@@ -124,6 +133,27 @@ class _LlamaCpp:
 
     def num_read(self) -> int:
         return int(self.llm.n_tokens)
+
+
+def _has_amx() -> bool:
+    """Whether this CPU has tiles, whose kernels in llama.cpp crash where the system does not allow them."""
+    try:
+        return "amx_tile" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
+def _without_amx(library: Any) -> None:
+    """`Llama` takes no such option, so its defaults are replaced; this process runs nothing else."""
+    low_level = library.llama_cpp
+    defaults = low_level.llama_model_default_params
+
+    def without_extra_buffers() -> Any:
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    low_level.llama_model_default_params = without_extra_buffers
 
 
 def _load_transformers(path: Path, room: int, threads: int) -> Engine:

@@ -81,7 +81,7 @@ def pack_planes(codes: Tensor, bits: int) -> Tensor:
     padded = nn.functional.pad(codes, (0, 0, 0, height * per_byte - len(codes)))
     packed = torch.zeros(height, codes.shape[1], dtype=torch.uint8)
     for place, plane in enumerate(padded.split(height)):
-        packed |= plane << bits * place
+        packed |= plane << bits * (per_byte - 1 - place)
     return packed
 
 

@@ -47,7 +47,7 @@ __all__ = [
     "why_not",
 ]
 
-FEWEST_FOR_GEMM = 48
+FEWEST_FOR_GEMM = 56
 """Tokens from which unpacking and a bf16 product are the faster path; `python benchmarks/packed_linear.py`."""
 
 GROUP_SIZES = (256, 128, 64, 32)

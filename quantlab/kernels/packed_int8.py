@@ -22,7 +22,7 @@ from quantlab.numerics.affine import QuantizedTensor
 
 __all__ = ["FEWEST_FOR_GEMM", "PackedInt8Weight", "linear", "why_not"]
 
-FEWEST_FOR_GEMM = 20
+FEWEST_FOR_GEMM = 24
 """Tokens from which widening and a bf16 product are the faster path; `python benchmarks/packed_linear.py`."""
 
 _INPUTS = 16
