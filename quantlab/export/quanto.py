@@ -26,9 +26,9 @@ Both kinds have `input_scale` and `output_scale`, [] in the stored dtype: 1, sin
 quanto_qmap.json says for each linear: {"weights": "qint<b>", "activations": "none"}.
 
 config.json gets a `quantization_config`, which quanto's loader does not look at: quant_method "quanto", weights
-"qint<b>", `group_size` of the scheme (null: I), `symmetric`, and `shapes`: [O, I] of every linear, which nothing else in
-the folder tells. transformers cannot load what quanto saved: without this entry it would take random weights and only
-log so; it stops at "qint<b>", which it knows as "int<b>".
+"qint<b>", `group_size` of the scheme (null: I), `symmetric`, and `shapes`: [O, I] of every linear, which nothing else
+in the folder tells. transformers cannot load what quanto saved: without this entry it would take random weights and
+only log so; it stops at "qint<b>", which it knows as "int<b>".
 """
 
 from math import ceil
@@ -81,7 +81,7 @@ def pack_planes(codes: Tensor, bits: int) -> Tensor:
     padded = nn.functional.pad(codes, (0, 0, 0, height * per_byte - len(codes)))
     packed = torch.zeros(height, codes.shape[1], dtype=torch.uint8)
     for place, plane in enumerate(padded.split(height)):
-        packed |= plane << bits * (per_byte - 1 - place)
+        packed |= plane << bits * place
     return packed
 
 
