@@ -189,7 +189,7 @@ def read_carried(raw: RawFolder) -> Carried:
     if method != "quantlab":
         names = decoder.linears(raw)
         return Carried(raw, method, _recipe_scheme(raw), dict(zip(names, names, strict=True)))
-    entries = quantlab_format.entries(raw.quantization, str(raw.path))
+    entries = quantlab_format.described(raw)
     owners = {name: _owner(entry) for name, entry in entries.items()}
     return Carried(raw, method, carried_scheme(raw.quantization, raw.path), owners, entries)
 

@@ -15,7 +15,18 @@ from quantlab.errors import CheckpointError
 from quantlab.reading.decoded import Decoded, Floats
 from quantlab.reading.raw import RawFolder
 
-__all__ = ["KINDS", "LEAVES", "Entry", "array", "decode", "entries", "linears", "rotation", "shapes"]
+__all__ = [
+    "KINDS",
+    "LEAVES",
+    "Entry",
+    "array",
+    "decode",
+    "described",
+    "entries",
+    "linears",
+    "rotation",
+    "shapes",
+]
 
 KINDS = ("affine", "table", "block", "float", "same")
 """What a linear can be; the first three hold codes."""
@@ -42,6 +53,8 @@ BLOCKS: Mapping[str, tuple[int, int, int]] = {
     "Q3_K": (3, 256, 16),
 }
 """ggml's type -> bits of a code, weights of a block, scales of a block."""
+WITH_MINIMA = ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
+"""Types that store a minimum, or the scale of minima."""
 SUB_SCALES: Mapping[str, tuple[int, int]] = {
     "Q6_K": (8, 128),
     "Q5_K": (6, 0),
@@ -69,7 +82,7 @@ class Entry:
 
 def linears(raw: RawFolder) -> list[str]:
     """Names of the linears that hold codes of their own."""
-    return sorted(entry.name for entry in _cached(raw).values() if entry.holds_codes)
+    return sorted(entry.name for entry in described(raw).values() if entry.holds_codes)
 
 
 def shapes(quantization: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]:
@@ -103,13 +116,23 @@ def entries(quantization: Mapping[str, Any], where: str) -> dict[str, Entry]:
     return read
 
 
+def described(raw: RawFolder) -> dict[str, Entry]:
+    """Every linear that a folder describes, held against its tensors; checked once. Raises as `entries`."""
+    known: dict[str, Entry] | None = raw.__dict__.get("_quantlab_entries")
+    if known is None:
+        known = raw.__dict__["_quantlab_entries"] = entries(raw.quantization, str(raw.path))
+        for entry in known.values():
+            _check_leaves(raw, entry)
+    return known
+
+
 def decode(raw: RawFolder, name: str) -> Decoded:
     """Codes and scales of one linear.
 
     Raises:
         CheckpointError: what is missing, or not as the format has it.
     """
-    entry = _cached(raw).get(name)
+    entry = described(raw).get(name)
     if entry is None or not entry.holds_codes:
         raise CheckpointError(f"a linear must hold codes to be decoded: {_cut(name)} of {raw.path} does not.")
     read = {"affine": _affine, "table": _table, "block": _block}[entry.kind]
@@ -159,12 +182,24 @@ def rotation(quantization: Mapping[str, Any], size: int, where: str) -> list[Flo
     return factors
 
 
-def _cached(raw: RawFolder) -> dict[str, Entry]:
-    """The entries of a folder, checked once."""
-    known: dict[str, Entry] | None = raw.__dict__.get("_quantlab_entries")
-    if known is None:
-        known = raw.__dict__["_quantlab_entries"] = entries(raw.quantization, str(raw.path))
-    return known
+def _check_leaves(raw: RawFolder, entry: Entry) -> None:
+    """No tensor stands beside a linear that its entry does not speak of: left out, it would change the matrix."""
+    body, leaves = entry.body, {"codes", "scale"} if entry.kind in ("affine", "table") else set()
+    if entry.kind == "affine" and body.get("zero_point") is not None:
+        leaves.add("zero_point")
+    if entry.kind == "table" and body.get("scale_type") == "e4m3":
+        leaves.add("matrix_scale")
+    if entry.kind == "block":
+        leaves = {"codes", "d"} | ({"dmin"} if body["block"] in WITH_MINIMA else set())
+        leaves |= {"sub_scales"} if body["block"] in SUB_SCALES else set()
+        leaves |= {"sub_mins"} if body["block"] in ("Q4_K", "Q5_K") else set()
+    if body.get("corrected_bias") is True:
+        leaves.add("corrected_bias")
+    if body.get("inputs") == "static":
+        leaves |= {"input_low", "input_high"}
+    for leaf in LEAVES:
+        if leaf not in leaves and f"{entry.name}.{leaf}" in raw.tensors:
+            raise _odd(entry.name, str(raw.path), f"must speak of its {leaf}, which is stored")
 
 
 def _entry(name: str, body: Any, where: str) -> Entry:
@@ -273,7 +308,7 @@ def _block(raw: RawFolder, entry: Entry) -> Decoded:
         width, shift = SUB_SCALES[kind]
         sub = _packed(raw, f"{entry.name}.sub_scales", (rows, groups), width).astype(np.float32)
         scale = scale * (sub - np.float32(shift))
-    if kind not in ("Q4_1", "Q5_1", "Q4_K", "Q5_K"):
+    if kind not in WITH_MINIMA:
         return Decoded(codes, bits, scale)
     offset = _spread(_halves(raw, f"{entry.name}.dmin", blocks), groups)
     if kind in ("Q4_K", "Q5_K"):

@@ -279,6 +279,8 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a linear it has not": (moved, r"has 'model\.layers\.7\.mlp\.up_proj', LlamaForCausalLM has not"),
     "no weights": (of_linear("mlp.up_proj", weights="w99"), "must name the scheme of its weights"),
     "transposed": (of_linear("self_attn.q_proj", transposed=True), r"the architecture asks for \[64, 64\]"),
+    "bias left out": (of_linear("mlp.up_proj", corrected_bias=False), "must speak of its corrected_bias"),
+    "range left out": (of_linear("mlp.up_proj", inputs=None), "must speak of its input_low"),
     "rotated": (of_linear("mlp.up_proj", rotated=True), r"rotations\[64\].* must be a list of factors"),
     "no range": (lambda c: c["attention"].pop("model.layers.0.self_attn"), "static ranges must be stored"),
     "a range of text": (

@@ -188,6 +188,10 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "block": (entry(kind="block", block="Q9_K"), "must name a block of Q8_0"),
     "block of other bits": (entry(kind="block", block="Q8_0"), "must have the bits and scales of Q8_0"),
     "same as nothing": (entry(kind="same", **{"as": "x"}), "must be the same as a linear of its shape"),
+    "a tensor is left out": (
+        lambda c: c["linears"][Q_PROJ].update(kind="float"),
+        "must speak of its codes, which is stored",
+    ),
     "zero points": (entry(kind="affine", zero_point="odd"), "must have zero points that are whole or real"),
 }
 
