@@ -3,7 +3,9 @@
 T tokens, V vocabulary.
 """
 
+import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,29 @@ from transformers import AutoModelForCausalLM
 from quantlab.reading.raw import RawFolder
 from quantlab.reading.readers import decoder_of
 from quantlab.verify.config import VerifyConfig
-from quantlab.verify.process import WORKER
 from quantlab.verify.readers import engine_file, python_of
 
 PROBE = np.random.default_rng(0).integers(1, 512, 40)
 """Tokens that are asked for."""
+
+
+_DRIVER = """
+import importlib.util, sys
+from pathlib import Path
+import numpy as np
+import torch
+torch.set_num_threads(1)
+spec = importlib.util.spec_from_file_location("reader", sys.argv[1])
+engine = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(engine)
+scratch = Path(sys.argv[2])
+ids = np.load(scratch / "ids.npy").tolist()
+for folder in sys.argv[3:]:
+    try:
+        np.save(scratch / f"{Path(folder).name}.npy", engine.load(folder)(ids)[0])
+    except Exception as error:
+        (scratch / f"{Path(folder).name}.txt").write_text(f"{type(error).__name__}: {error}")
+"""
 
 
 def needs_reader(engine: str, form: str) -> pytest.MarkDecorator:
@@ -28,29 +48,24 @@ def needs_reader(engine: str, form: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(absent, reason=f"needs the environment of {engine}: make readers")
 
 
-def run(engine: str, form: str, folder: Path, scratch: Path) -> subprocess.CompletedProcess[str]:
-    """The engine on a folder; its answer is scratch/answer.npz."""
-    nothing = np.zeros(0, dtype=np.int64)
-    np.savez(
-        scratch / "request.npz",
-        row_ids=nothing,
-        row_lengths=nothing,
-        row_starts=nothing,
-        probe_ids=PROBE,
-        probe_lengths=np.array([len(PROBE)]),
-    )
+def answers(
+    engine: str, form: str, folders: Sequence[Path], scratch: Path
+) -> dict[str, NDArray[np.float64] | str]:
+    """By name of folder what the engine answers, [T, V], or why it does not; all of them in one process."""
     python = python_of(engine, form, VerifyConfig())
-    command = [python, WORKER, engine_file(engine), folder, scratch / "request.npz", scratch / "answer.npz"]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-
-
-def logits_of(engine: str, form: str, folder: Path, scratch: Path) -> NDArray[np.float64]:
-    """What the engine answers, [T, V]."""
-    finished = run(engine, form, folder, scratch)
+    np.save(scratch / "ids.npy", PROBE)
+    command = [python, "-c", _DRIVER, engine_file(engine), scratch, *folders]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=False, env=environment
+    )
     assert finished.returncode == 0, (finished.stdout + finished.stderr)[-4000:]
-    with np.load(scratch / "answer.npz", allow_pickle=False) as answer:
-        logits: NDArray[np.float64] = answer["logits_0"].astype(np.float64)
-    return logits
+    found: dict[str, NDArray[np.float64] | str] = {}
+    for folder in folders:
+        answer = scratch / f"{folder.name}.npy"
+        reason = scratch / f"{folder.name}.txt"
+        found[folder.name] = np.load(answer).astype(np.float64) if answer.exists() else reason.read_text()
+    return found
 
 
 def dense_logits(source: Path, folder: Path, dtype: torch.dtype) -> NDArray[np.float64]:
@@ -68,8 +83,9 @@ def dense_logits(source: Path, folder: Path, dtype: torch.dtype) -> NDArray[np.f
     return logits.double().numpy()
 
 
-def assert_close(found: NDArray[np.float64], source: Path, folder: Path, dtype: torch.dtype) -> None:
+def assert_close(found: NDArray[np.float64] | str, source: Path, folder: Path, dtype: torch.dtype) -> None:
     """The largest and the mean error against float64 are at most twice those of plain torch in the engine's dtype."""
+    assert not isinstance(found, str), found
     exact = dense_logits(source, folder, torch.float64)
     plain = np.abs(dense_logits(source, folder, dtype) - exact)
     error = np.abs(found - exact)

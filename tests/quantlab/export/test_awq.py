@@ -23,7 +23,7 @@ from quantlab.reading import awq as decoder
 from quantlab.reading.decoded import Decoded
 from quantlab.reading.raw import RawFolder
 from quantlab.schemes import Scheme
-from tests.quantlab.export.reader_runs import assert_close, logits_of, needs_reader
+from tests.quantlab.export.reader_runs import answers, assert_close, needs_reader
 from tests.quantlab.export.toy_folders import assert_decoded, loaded, save_toy
 from tests.toys import toy_model, toy_tokenizer
 
@@ -217,32 +217,20 @@ def test_a_config_that_does_not_fit_is_refused(
 
 # ---- engines
 
-
-@pytest.mark.slow
-@needs_reader("gptqmodel", "awq")
-@pytest.mark.parametrize("scheme", ["w4g32", "w4g32z", "w4g16z"])
-def test_gptqmodel_computes_our_model(folders: Path, tmp_path: Path, scheme: str) -> None:
-    folder = folders / f"llama-{scheme}"
-    assert_close(logits_of("gptqmodel", "awq", folder, tmp_path), folders / "llama", folder, torch.float16)
-
-
-@pytest.mark.slow
-@needs_reader("transformers", "awq")
-@pytest.mark.parametrize(
-    ("source", "scheme"),
-    [
-        *(("llama", scheme) for scheme in ("w4g32", "w4g32z", "w4g16", "w4g16z")),
-        *(("diffllama", scheme) for scheme in ("w4g32", "w4g32z")),
+READ = {
+    "gptqmodel": ["llama-w4g32", "llama-w4g32z", "llama-w4g16z", "skipping"],
+    "transformers": [
+        *(f"{source}-{scheme}" for source, scheme in CASES if "-" not in source + scheme),
+        "skipping",
     ],
-)
-def test_transformers_computes_our_model(folders: Path, tmp_path: Path, source: str, scheme: str) -> None:
-    folder = folders / f"{source}-{scheme}"
-    assert_close(logits_of("transformers", "awq", folder, tmp_path), folders / source, folder, torch.float16)
+}
+"""Engine -> folders that it reads."""
 
 
 @pytest.mark.slow
-@needs_reader("gptqmodel", "awq")
-@pytest.mark.parametrize("engine", ["gptqmodel", "transformers"])
-def test_skipped_linears_keep_their_weights(folders: Path, tmp_path: Path, engine: str) -> None:
-    folder = folders / "skipping"
-    assert_close(logits_of(engine, "awq", folder, tmp_path), folders / "llama", folder, torch.float16)
+@pytest.mark.parametrize("engine", [pytest.param(name, marks=needs_reader(name, "awq")) for name in READ])
+def test_engines_compute_our_model(folders: Path, tmp_path: Path, engine: str) -> None:
+    found = answers(engine, "awq", [folders / name for name in READ[engine]], tmp_path)
+    for name in READ[engine]:
+        source = folders / ("llama" if name == "skipping" else name.partition("-")[0])
+        assert_close(found[name], source, folders / name, torch.float16)

@@ -28,7 +28,7 @@ from quantlab.reading import gptq as decoder
 from quantlab.reading.decoded import Decoded
 from quantlab.reading.raw import RawFolder
 from quantlab.schemes import Scheme
-from tests.quantlab.export.reader_runs import assert_close, dense_logits, logits_of, needs_reader, run
+from tests.quantlab.export.reader_runs import answers, assert_close, dense_logits, needs_reader
 from tests.quantlab.export.toy_folders import assert_decoded, loaded, save_toy
 
 SOURCES = {
@@ -355,54 +355,49 @@ def test_a_config_that_does_not_fit_is_refused(
 
 # ---- engines
 
+READ = {
+    "gptqmodel": [
+        *(f"llama-{scheme}" for scheme in V1 + V2 + PLANAR),
+        "diffllama-w4g32",
+        "diffllama-w3g32z",
+        "skipping",
+    ],
+    "transformers": [
+        *(f"llama-{scheme}" for scheme in V1 + V2),
+        "diffllama-w4g32",
+        "diffllama-w3g32z",
+        "skipping",
+    ],
+    "auto_gptq": [f"llama-{scheme}" for scheme in V1],
+}
+"""Engine -> folders that it reads."""
+STOPS = ["llama-w4g32z", "skipping"]
+"""Folders that auto-gptq would read wrongly."""
 
-@pytest.mark.slow
-@needs_reader("gptqmodel", "gptq")
-@pytest.mark.parametrize(
-    ("source", "scheme"),
-    [*(("llama", scheme) for scheme in V1 + V2 + PLANAR), ("diffllama", "w4g32"), ("diffllama", "w3g32z")],
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=needs_reader(name, "gptq")) for name in READ]
 )
-def test_gptqmodel_computes_our_model(folders: Path, tmp_path: Path, source: str, scheme: str) -> None:
-    folder = folders / f"{source}-{scheme}"
-    found = logits_of("gptqmodel", "gptq", folder, tmp_path)
-    assert_close(found, folders / source, folder, torch.float16)
+def answered(
+    request: pytest.FixtureRequest, folders: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, Any]]:
+    """An engine, and what it answers to each of its folders."""
+    engine: str = request.param
+    names = READ[engine] + (STOPS if engine == "auto_gptq" else [])
+    return engine, answers(
+        engine, "gptq", [folders / name for name in names], tmp_path_factory.mktemp(engine)
+    )
 
 
 @pytest.mark.slow
-@needs_reader("transformers", "gptq")
-@pytest.mark.parametrize(
-    ("source", "scheme"),
-    [*(("llama", scheme) for scheme in V1 + V2), ("diffllama", "w4g32"), ("diffllama", "w3g32z")],
-)
-def test_transformers_computes_our_model(folders: Path, tmp_path: Path, source: str, scheme: str) -> None:
-    folder = folders / f"{source}-{scheme}"
-    found = logits_of("transformers", "gptq", folder, tmp_path)
-    assert_close(found, folders / source, folder, torch.float16)
-
-
-@pytest.mark.slow
-@needs_reader("auto_gptq", "gptq")
-@pytest.mark.parametrize("scheme", V1)
-def test_auto_gptq_computes_our_model(folders: Path, tmp_path: Path, scheme: str) -> None:
-    folder = folders / f"llama-{scheme}"
-    found = logits_of("auto_gptq", "gptq", folder, tmp_path)
-    assert_close(found, folders / "llama", folder, torch.float32)
-
-
-@pytest.mark.slow
-@needs_reader("auto_gptq", "gptq")
-@pytest.mark.parametrize("name", ["llama-w4g32z", "skipping"])
-def test_auto_gptq_stops_at_what_it_would_read_wrongly(folders: Path, tmp_path: Path, name: str) -> None:
-    finished = run("auto_gptq", "gptq", folders / name, tmp_path)
-    assert finished.returncode != 0 and "quantize_config.json" in finished.stderr
-
-
-@pytest.mark.slow
-@needs_reader("gptqmodel", "gptq")
-@pytest.mark.parametrize("engine", ["gptqmodel", "transformers"])
-def test_skipped_linears_keep_their_weights(folders: Path, tmp_path: Path, engine: str) -> None:
-    folder = folders / "skipping"
-    assert_close(logits_of(engine, "gptq", folder, tmp_path), folders / "llama", folder, torch.float16)
+def test_engines_compute_our_model(folders: Path, answered: tuple[str, dict[str, Any]]) -> None:
+    engine, found = answered
+    for name in READ[engine]:
+        source = folders / ("llama" if name == "skipping" else name.partition("-")[0])
+        dtype = torch.float32 if engine == "auto_gptq" else torch.float16
+        assert_close(found[name], source, folders / name, dtype)
+    if engine == "auto_gptq":
+        assert all("quantize_config.json" in found[name] for name in STOPS)
 
 
 def test_float16_does_not_explain_a_wrong_zero_point(folders: Path, tmp_path: Path) -> None:
