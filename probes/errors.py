@@ -9,7 +9,6 @@ quantlab's own branches of the tree are in `quantlab.errors`.
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-
 MAX_LENGTH = 4000
 """Characters of an error at most; of a longer one the middle is left out."""
 

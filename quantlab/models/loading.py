@@ -137,8 +137,8 @@ def _check_tied(model: PreTrainedModel, info: CheckpointInfo) -> None:
         return
     if head.weight is not model.get_input_embeddings().weight:
         raise CheckpointError(
-            f"tied embeddings must be stored once, or twice and equal: {info.path} holds an output embedding of its own, "
-            f"and tie_word_embeddings of its config.json is true. Set that to false if both are meant."
+            f"tied embeddings must be stored once, or twice and equal: {info.path} holds an output embedding of its "
+            f"own, and tie_word_embeddings of its config.json is true. Set that to false if both are meant."
         )
 
 

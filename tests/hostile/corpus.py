@@ -16,6 +16,8 @@ tests of reports hold them. B24, calibration sets that are empty or too small: n
 loaded; the tests of calibration hold them.
 """
 
+from dataclasses import replace
+
 from tests.hostile import config_files, gguf_files, index_files, own_files, safetensors_files
 from tests.hostile.case import Case
 
@@ -23,10 +25,14 @@ NOT_LOADED = ("B21", "B24")
 """Classes that say nothing about loading."""
 CLASSES = tuple(name for name in (f"B{number}" for number in range(1, 31)) if name not in NOT_LOADED)
 
+_GROUPS = {
+    "safetensors": safetensors_files,
+    "folder": index_files,
+    "config": config_files,
+    "gguf": gguf_files,
+    "ours": own_files,
+}
+
 CASES: list[Case] = [
-    *safetensors_files.CASES,
-    *index_files.CASES,
-    *config_files.CASES,
-    *gguf_files.CASES,
-    *own_files.CASES,
+    replace(case, name=f"{group}: {case.name}") for group, files in _GROUPS.items() for case in files.CASES
 ]

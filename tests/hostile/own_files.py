@@ -126,7 +126,7 @@ DATA = [
     _rows("row whose context is a number", "row 2 .* must hold text", ctx_a=3),
     Case("row nested 100,000 deep", "B28 B17", alone("rows.jsonl", b"[" * 100_000), "row 1 .* is not JSON", base="empty", verb="hellaswag", tools=()),
     Case("rows a pipe", "B28 B19", _pipe("rows.jsonl"), "must be readable", base="empty", verb="hellaswag", tools=()),
-    Case("rows /dev/zero", "B28 B19", lambda it: (os.symlink("/dev/zero", it / "rows.jsonl"), it / "rows.jsonl")[1],
+    Case("rows /dev/zero", "B28 B19", lambda it: ((it / "rows.jsonl").symlink_to("/dev/zero"), it / "rows.jsonl")[1],
          "must be readable", base="empty", verb="hellaswag", tools=()),
     Case("rows no parquet", "B28", alone("rows.parquet", b"PAR1" + bytes(50) + b"PAR1"), "must be Parquet", base="empty", verb="hellaswag", tools=()),
     _text("text not UTF-8", "B17", b"\xff\xfe", "must be UTF-8"),
