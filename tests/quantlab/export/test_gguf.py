@@ -143,10 +143,11 @@ def test_gguf_py_reads_the_matrices_of_the_codes(written: Callable[[str, str], A
     assert np.array_equal(matrix, expected)
 
 
-def rounded_inputs(model: PreTrainedModel, group_size: int) -> PreTrainedModel:
-    """The model with inputs of its decoder's linears at 8 bits, a scale per group, as llama.cpp has them."""
+def rounded_inputs(model: PreTrainedModel, scheme: str) -> PreTrainedModel:
+    """The model with inputs of its decoder's linears at 8 bits, as llama.cpp has them: a scale per 256 or 32."""
 
     def round_input(module: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+        group_size = 256 if scheme.endswith("_k") and args[0].shape[-1] % 256 == 0 else 32
         groups = args[0].unflatten(-1, (-1, group_size))
         scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
         return ((groups / scale).round() * scale).flatten(-2)
@@ -174,7 +175,7 @@ def test_llama_cpp_differs_by_the_rounding_of_inputs_alone(
     path = written(family, scheme).path
     ours = load(path).model
     exact, found = logits(ours), logits_of(path, IDS)
-    noise = rms(logits(rounded_inputs(ours, 256 if scheme.endswith("_k") else 32)) - exact)
+    noise = rms(logits(rounded_inputs(ours, scheme)) - exact)
     assert 0.8 * noise < rms(found - exact) < 1.25 * noise
     assert noise < 0.05 * rms(exact)
 
@@ -388,12 +389,17 @@ def test_smollm2_runs_in_llama_cpp(tmp_path: Path, scheme: str, down_proj: str, 
     ids = checkpoint.tokenizer(text)["input_ids"][:64]
     with quantized(checkpoint.model, Scheme.parse(scheme)):
         simulated = logits(checkpoint.model, ids)
+    ours = load(path).model
+    assert np.abs(logits(ours, ids) - simulated).max() < 2**-12 * np.abs(simulated).max()
+    noise = rms(logits(rounded_inputs(ours, scheme), ids) - simulated)
     with opened(path) as llama:
         assert llama.tokenize(text.encode(), add_bos=True, special=True)[:64] == ids
         llama.eval(ids)
         found = np.array(llama.scores[:64])
         answer = llama.create_completion("The capital of France is", max_tokens=4, temperature=0)
     assert "Paris" in answer["choices"][0]["text"]
-    assert np.corrcoef(found.ravel(), simulated.ravel())[0, 1] > 0.999
-    # Inputs at 8 bits turn near ties only: of 64 tokens at most three.
-    assert (found.argmax(-1) == simulated.argmax(-1)).mean() > 0.95
+    # Another draw of the same noise, as in toys; through 30 layers a draw may be some times as large as another.
+    ratio, same = rms(found - simulated) / noise, int((found.argmax(-1) == simulated.argmax(-1)).sum())
+    assert 0.5 < ratio < 2, f"{ratio:.2f} of the noise of inputs at 8 bits"
+    # The embedding is Q8_0 and makes the logits: its inputs are rounded as well. Near ties turn, and nothing else.
+    assert same > 58, f"same first token at {same} of 64"
