@@ -32,9 +32,9 @@ _READ = (
 )  # fmt: skip
 """What transformers reads beside config.json, as objects."""
 _TEMPLATES = "additional_chat_templates"
-_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".py", ".tiktoken", ".safetensors")
-"""Of files that transformers may open."""
-MAX_FILE_BYTES = {".safetensors": None, ".json": 64_000_000, ".jinja": 1_000_000, "": 64_000_000}
+_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".py", ".tiktoken")
+"""Of files that transformers may open; weights are checked as they are read."""
+MAX_FILE_BYTES = {".json": 64_000_000, ".jinja": 1_000_000, "": 64_000_000}
 """Suffix -> largest file that is opened, weights aside; the longest tokenizer.json that is public has 35 MB."""
 MAX_TOKENIZER_VALUES = 4_000_000
 """Commas and opening brackets in a tokenizer.json; one of 262,000 tokens with merges has two million."""
@@ -121,7 +121,7 @@ def _check_files(path: Path) -> None:
         if file.name == _TEMPLATES:
             for template in sorted(inside(file).iterdir()) if file.is_dir() else ():
                 _check_file(template)
-        elif file.suffix in _SUFFIXES and file.name not in (SINGLE, INDEX):
+        elif file.suffix in _SUFFIXES and file.name != INDEX:
             _check_file(file)
     for name in _READ:
         if (path / name).exists():
@@ -137,7 +137,7 @@ def _check_files(path: Path) -> None:
 
 def _check_file(file: Path) -> None:
     limit = MAX_FILE_BYTES.get(file.suffix, MAX_FILE_BYTES[""])
-    if regular_file(inside(file)).st_size > (limit or float("inf")):
+    if regular_file(inside(file)).st_size > limit:
         raise CheckpointError(f"checkpoint file is damaged: {file} is larger than {limit} bytes.")
 
 

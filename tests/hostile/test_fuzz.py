@@ -26,9 +26,9 @@ from tests.hostile.case import CONFIG, INDEX
 NUM_MUTATIONS = 2000
 
 TOKENS = (
-    b"0", b"-1", b"1e9", b"1e400", b"9223372036854775808", b"18446744073709551615", b"1.5", b"NaN", b"Infinity", b"null",
-    b"true", b'""', b'"F32"', b'"BF16"', b'"F4"', b'"U64"', b"[", b"]", b"{", b"}", b",", b":", b'"', b" ", b"\\u0000", b"\xff",
-    b"../", b"/etc/passwd", b'"auto_map"', b'"shape"', b'"data_offsets"', b"\x00",
+    b"0", b"-1", b"1e9", b"1e400", b"9223372036854775808", b"18446744073709551615", b"1.5", b"NaN", b"Infinity",
+    b"null", b"true", b'""', b'"F32"', b'"BF16"', b'"F4"', b'"U64"', b"[", b"]", b"{", b"}", b",", b":", b'"', b" ",
+    b"\\u0000", b"\xff", b"../", b"/etc/passwd", b'"auto_map"', b'"shape"', b'"data_offsets"', b"\x00",
 )  # fmt: skip
 NUMBERS = (0, 1, 7, 255, 2**31, 2**32 - 1, 2**53, 2**62, 2**63, 2**64 - 1)
 
