@@ -45,8 +45,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantlab.errors import SchemeError
 from quantlab.export.job import ExportJob
+from quantlab.export.linears import kept_linears, separate_linears
 from quantlab.export.shards import Layout, Part, TensorType
 from quantlab.methods.solved import Quantized
 from quantlab.numerics.affine import QuantizedTensor
@@ -68,11 +68,10 @@ def layout(job: ExportJob) -> Layout:
         SchemeError: a linear is not nn.Linear itself, which is all that the format's readers handle, or two of them
             share one weight, which readers could not tie again.
     """
-    linears = {name: _linear(job.model, name) for name in job.linears}
-    _check_separate(linears)
+    linears = separate_linears(job, "compressed-tensors")
     return Layout(
         linears={name: _part(job, name, linear) for name, linear in linears.items()},
-        quantization_config=_quantization_config(job.scheme, _ignored(job.model, job.linears)),
+        quantization_config=_quantization_config(job.scheme, kept_linears(job)),
         name=_layout_name(job.scheme),
         num_codes=sum(linear.weight.numel() for linear in linears.values()),
         extra=_cache_scales(job),
@@ -89,28 +88,6 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     stream = pack(nn.functional.pad(codes, (0, -width % 32)), bits)
     words = stream.view(torch.int32).view(rows, ceil(width / 32) * bits)
     return words[:, : ceil(width * bits / 32)].contiguous()
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    """The module of that name; a subclass is refused too, since transformers cannot load one without its weight."""
-    module = model.get_submodule(name)
-    if type(module) is not nn.Linear:
-        raise SchemeError(
-            f"format compressed-tensors holds nn.Linear only: {name} is a {type(module).__name__}, which its readers "
-            f"do not load. Quantize another architecture, or only evaluate this one."
-        )
-    return module
-
-
-def _check_separate(linears: Mapping[str, nn.Linear]) -> None:
-    owners: dict[int, str] = {}
-    for name, linear in linears.items():
-        owner = owners.setdefault(id(linear.weight), name)
-        if owner != name:
-            raise SchemeError(
-                f"format compressed-tensors needs a weight of its own in every linear: {name} shares that of {owner}. "
-                f'Add both to skip: "{name}" and "{owner}".'
-            )
 
 
 def _part(job: ExportJob, name: str, linear: nn.Linear) -> Part:
@@ -163,12 +140,6 @@ def _cache_scales(job: ExportJob) -> list[Part]:
 
 def _scalar(name: str, value: Tensor) -> Part:
     return Part({name: TensorType(value.dtype, tuple(value.shape))}, lambda: {name: value})
-
-
-def _ignored(model: nn.Module, swapped: Sequence[str]) -> list[str]:
-    """Every linear that is not swapped: the output head, and what the user skips."""
-    taken = set(swapped)
-    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in taken]
 
 
 def _layout_name(scheme: Scheme) -> str:

@@ -201,7 +201,8 @@ def _write_safetensors(job: ExportJob, layout: Layout, folder: Path) -> list[str
     _write_configs(folder, job.model, layout, job.dtype)
     for name, body in layout.files.items():
         write_json(folder / name, body)
-    return [name for part in parts for name in part.wider_than(job.dtype)]
+    kept = (part for part in parts if not part.num_linears)
+    return [name for part in kept for name in part.wider_than(job.dtype)]
 
 
 def _notes(job: ExportJob) -> tuple[str, ...]:
