@@ -10,6 +10,7 @@ P probes, T tokens, V vocabulary, D hidden size, N documents.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -98,15 +99,8 @@ def compare(
     allowed = {
         place: Gap(SLACK * gap.largest, SLACK * gap.mean) for place, gap in gaps(plain, reference).items()
     }
-    if answer.hidden is not None and found.keys() != allowed.keys():
-        beyond = tuple(sorted(found.keys() ^ allowed.keys()))
-    else:
-        beyond = tuple(
-            place
-            for place, gap in found.items()
-            # Written so that a NaN is beyond.
-            if not (gap.largest <= allowed[place].largest and gap.mean <= allowed[place].mean)
-        )
+    nothing = Gap(0.0, 0.0)
+    beyond = tuple(place for place, gap in found.items() if not _within(gap, allowed.get(place, nothing)))
     if not np.isfinite(answer.ll).all():
         beyond = (*beyond, "log-likelihoods")
     return Agreement(
@@ -121,14 +115,19 @@ def compare(
 
 
 def gaps(answer: Answer, reference: Answer) -> dict[str, Gap]:
-    """Gap of each place that both tell; a place of another shape has an infinite one."""
+    """Gap of each place; of a layer that only one tells, or tells in another shape, an infinite one."""
     found: dict[str, Gap] = {}
     if answer.hidden is not None and reference.hidden is not None:
-        for layer, (mine, theirs) in enumerate(
-            zip(zip(*answer.hidden, strict=True), zip(*reference.hidden, strict=True), strict=False)
-        ):
-            found[f"hidden {layer}"] = _gap(mine, theirs)
+        layers = zip_longest(
+            zip(*answer.hidden, strict=True), zip(*reference.hidden, strict=True), fillvalue=()
+        )
+        found = {f"hidden {layer}": _gap(mine, theirs) for layer, (mine, theirs) in enumerate(layers)}
     return found | {_LOGITS: _gap(answer.logits, reference.logits)}
+
+
+def _within(gap: Gap, most: Gap) -> bool:
+    """False for what is no number, too."""
+    return gap.largest <= most.largest and gap.mean <= most.mean
 
 
 def _gap(first_PTD: Sequence[Floats], second_PTD: Sequence[Floats]) -> Gap:

@@ -114,7 +114,9 @@ class Certificate:
             VerificationError: names the first check that failed.
         """
         if self.failures:
-            raise VerificationError(f"{self.failures[0]}. Export the folder again.")
+            damaged = self.codes.failures() or self.size.failures() or self.broken
+            advice = "Export the folder again" if damaged else f"{CERTIFICATE} has every engine's numbers"
+            raise VerificationError(f"{self.failures[0]}. {advice}.")
 
     def body(self) -> dict[str, Any]:
         """The certificate as JSON has it."""

@@ -114,10 +114,15 @@ def parsed(arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any], request
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReaderError(f"its answer is not one: {error!r}") from error
     found = [[of_probe, *states] for of_probe, states in zip(logits, hidden, strict=True)]
-    right = answer.ll.shape == (len(request.rows),) and all(
-        array.dtype == np.float32 and array.ndim == 2 and len(array) == len(ids)
-        for ids, arrays_of_probe in zip(request.probes, found, strict=True)
-        for array in arrays_of_probe
+    same_layers = len({len(states) for states in hidden}) == 1
+    right = (
+        same_layers
+        and answer.ll.shape == (len(request.rows),)
+        and all(
+            array.dtype == np.float32 and array.ndim == 2 and len(array) == len(ids)
+            for ids, arrays_of_probe in zip(request.probes, found, strict=True)
+            for array in arrays_of_probe
+        )
     )
     if not right:
         raise ReaderError("its answer has other shapes than what was asked")

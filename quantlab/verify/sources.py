@@ -1,5 +1,7 @@
 """Where the codes of a folder are, whatever its format: names of its linears, their codes, their bytes. No torch."""
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,13 +65,14 @@ class _RawSource:
 
 
 class _GgufSource:
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, file: Path, skip: Sequence[str]) -> None:
+        self._file, self._skip = file, skip
         self._decoder: Any = import_module("quantlab.reading.gguf")
 
     def linears(self) -> list[str]:
         found: list[str] = self._decoder.linears(self._file)
-        return found
+        # What was skipped keeps the source's own blocks, where that is a GGUF file.
+        return [name for name in found if not any(fnmatchcase(name, pattern) for pattern in self._skip)]
 
     def decode(self, name: str) -> Decoded:
         decoded: Decoded = self._decoder.decode(self._file, name)
@@ -106,11 +109,14 @@ def _block(tensor: GgufTensor) -> int:
     return 256 if kind.endswith("_K") else 32 if kind.startswith("Q") else 0
 
 
-def source_of(folder: Path) -> Source:
+def source_of(folder: Path, skip: Sequence[str] = ()) -> Source:
     """The codes of a folder.
+
+    Args:
+        skip: patterns of linears that keep what they were.
 
     Raises:
         CheckpointError: it is damaged, or in no format that is read here.
     """
     file = folder / GGUF
-    return _GgufSource(file) if file.exists() else _RawSource(folder)
+    return _GgufSource(file, skip) if file.exists() else _RawSource(folder)

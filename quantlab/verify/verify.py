@@ -70,7 +70,7 @@ def _examined(
     rows = tuple(unread(engine) for engine in engines)
     dataset, num_documents = "", 0
     try:
-        source = source_of(folder)
+        source = source_of(folder, _skipped(recipe))
         codes = check_codes(source, manifest["tensors"], advance, whole_zeros=scheme.method != "hqq")
         size = check_size(folder, source, codes.num_weights, recipe)
         # Engines are not shown a folder that is known to be wrong.
@@ -118,6 +118,13 @@ def _recipe(folder: Path) -> dict[str, Any]:
             f"recipe must name scheme, format and average_storage_bits: {folder / RECIPE} does not."
         )
     return recipe
+
+
+def _skipped(recipe: Mapping[str, Any]) -> list[str]:
+    """Patterns of linears that were skipped by request."""
+    settings = recipe.get("quantize")
+    skip = settings.get("skip") if isinstance(settings, dict) else None
+    return [str(pattern) for pattern in skip] if isinstance(skip, list) else []
 
 
 def _check_names(config: VerifyConfig, engines: tuple[Engine, ...]) -> None:

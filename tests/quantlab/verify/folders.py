@@ -21,7 +21,7 @@ from quantlab.verify.questions import Request, make_request
 from quantlab.verify.simulated import forward_of, load_simulated
 from quantlab.verify.sources import source_of
 
-CONFIG = VerifyConfig(hellaswag=HellaSwagConfig(limit=2), timeout_s=60, probe_tokens=16)
+CONFIG = VerifyConfig(hellaswag=HellaSwagConfig(limit=2), timeout_s=600, probe_tokens=16)
 LINEAR = "model.layers.1.mlp.up_proj"
 
 
