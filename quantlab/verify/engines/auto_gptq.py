@@ -22,7 +22,7 @@ def VERSIONS() -> dict[str, str]:
 
 def load(folder: str) -> Forward:
     """The model of a folder: token ids -> logits [T, V] and hidden states [T, D] of every layer, float32."""
-    from auto_gptq import AutoGPTQForCausalLM  # type: ignore[import-not-found]
+    from auto_gptq import AutoGPTQForCausalLM
 
     model: Any = AutoGPTQForCausalLM.from_quantized(
         folder,

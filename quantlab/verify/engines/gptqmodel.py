@@ -36,7 +36,7 @@ def VERSIONS() -> dict[str, str]:
 
 def load(folder: str) -> Forward:
     """The model of a folder: token ids -> logits [T, V] and hidden states [T, D] of every layer, float32."""
-    from gptqmodel import BACKEND, GPTQModel  # type: ignore[import-not-found]
+    from gptqmodel import BACKEND, GPTQModel
 
     options = {"device": "cpu", "dtype": torch.float16, "trust_remote_code": False}
     model: Any = GPTQModel.load(folder, backend=BACKEND(_backend(folder)), **options).model.eval()
