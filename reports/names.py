@@ -36,6 +36,14 @@ _GRAINS = {
     "z": "zero point",
     "s": "static",
 }
+_FORMAT_BITS = {
+    "nf4": 4, "fp4": 4, "nf4_dq": 4, "fp4_dq": 4, "fp8": 8, "fp8e5m2": 8, "mxfp4": 4, "mxfp6": 6, "mxfp6e3m2": 6,
+    "nvfp4": 4, "llm_int8": 8, "q8_0": 8, "q6_k": 6, "q5_k": 5, "q5_0": 5, "q5_1": 5, "q4_k": 4, "q4_0": 4, "q4_1": 4,
+    "q3_k": 3,
+}  # fmt: skip
+"""Formats of weights with an arithmetic of their own, and the bits of a code."""
+_FORMAT_GRIDS = {"q8_0": "w8g32", "q5_0": "w5g32", "q5_1": "w5g32z", "q4_0": "w4g32", "q4_1": "w4g32z"}
+"""Formats -> the uniform grid of their bits and groups."""
 _LEFT_OUT = {"w": "per channel", "a": "per token", "d": "per token", "x": "per token"}
 
 
@@ -72,7 +80,7 @@ class SchemeName:
     parts: dict[str, tuple[int, str]]
     """letter -> (bits, modifiers such as `g64z`); empty for the baseline."""
     words: tuple[str, ...]
-    """Weight method and transforms, and whatever is not understood."""
+    """The weights' format, method and transforms, and whatever is not understood."""
 
     @property
     def bits(self) -> int:
@@ -99,9 +107,13 @@ class SchemeName:
     @property
     def detail(self) -> str:
         """Granularities and method: `groups of 64, zero point`; names the kind where there are several."""
-        grains = [(letter, _grain(letter, modifiers)) for letter, (_, modifiers) in self.parts.items()]
+        grains = [
+            (letter, "" if modifiers in _FORMAT_BITS else _grain(letter, modifiers))
+            for letter, (_, modifiers) in self.parts.items()
+        ]
         texts = [
-            f"{_KINDS.get(letter, letter)} {grain}" if len(grains) > 1 else grain for letter, grain in grains
+            f"{_KINDS.get(letter, letter)} {grain}" if grain and len(grains) > 1 else grain
+            for letter, grain in grains
         ]
         return ", ".join([*filter(None, texts), *self.words])
 
@@ -111,16 +123,29 @@ class SchemeName:
         if "w" not in self.parts:
             return ""
         bits, modifiers = self.parts["w"]
+        if modifiers in _FORMAT_BITS:
+            return _FORMAT_GRIDS.get(modifiers, modifiers)
         return f"w{bits}{modifiers}"
 
 
 def read_scheme(name: str) -> SchemeName:
     """Read a canonical scheme name; a name of another grammar becomes one word of its own."""
-    head, *words = name.split("-")
-    if not re.fullmatch(f"(?:{_PART.pattern})+", head):
+    first, *rest = name.split("-")
+    if first in _FORMAT_BITS:
+        parts = _parts(rest[0]) if rest else {}
+        words = rest[1:] if parts else rest
+        return SchemeName({"w": (_FORMAT_BITS[first], first)} | parts, (first, *words))
+    parts = _parts(first)
+    if not parts:
         return SchemeName({}, (name,))
-    found = {letter: (int(bits), modifiers) for letter, bits, modifiers in _PART.findall(head)}
-    return SchemeName({k: v for k, v in found.items() if v[0] < 16}, tuple(words))
+    return SchemeName({k: v for k, v in parts.items() if v[0] < 16}, tuple(rest))
+
+
+def _parts(text: str) -> dict[str, tuple[int, str]]:
+    """letter -> (bits, modifiers) of a text such as `w4g64a8`; empty for another one."""
+    if not re.fullmatch(f"(?:{_PART.pattern})+", text):
+        return {}
+    return {letter: (int(bits), modifiers) for letter, bits, modifiers in _PART.findall(text)}
 
 
 def _grain(letter: str, modifiers: str) -> str:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from quantlab.schemes import WEIGHT_FORMATS
 from reports.names import markdown, read_scheme, token, visible
 
 
@@ -66,8 +67,17 @@ def test_markdown_makes_no_links_of_addresses(text: str, shown: str) -> None:
         ("l6t", 6, "attention logits", "per tensor", ""),
         ("w4g64-gptq", 4, "weights", "groups of 64, gptq", "w4g64"),
         ("q4_k", 16, "q4_k", "q4_k", ""),
+        ("nf4", 4, "weights", "nf4", "nf4"),
+        ("q4_1", 4, "weights", "q4_1", "w4g32z"),
+        ("q4_k-a8", 4, "weights + activations at 8 bits", "activations per token, q4_k", "q4_k"),
+        ("llm_int8-rotate", 8, "weights", "llm_int8, rotate", "llm_int8"),
     ],
 )
 def test_scheme_names(name: str, bits: int, series: str, detail: str, grid: str) -> None:
     scheme = read_scheme(name)
     assert (scheme.bits, scheme.series, scheme.detail, scheme.weight_grid) == (bits, series, detail, grid)
+
+
+def test_every_format_of_weights_is_known_by_its_bits() -> None:
+    for name, form in WEIGHT_FORMATS.items():
+        assert read_scheme(name).parts == {"w": (form.bits, name)}
