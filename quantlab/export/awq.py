@@ -26,9 +26,11 @@ from torch import Tensor, nn
 
 import quantlab
 from quantlab.export.compressed_tensors import pack_rows
-from quantlab.export.gptq import half_scales, plain_linears, unsigned
+from quantlab.export.gptq import unsigned
 from quantlab.export.job import ExportJob
+from quantlab.export.linears import kept_linears, separate_linears
 from quantlab.export.shards import Layout, Part, TensorType
+from quantlab.export.tensors import exactly
 from quantlab.methods.solved import Quantized
 from quantlab.schemes import TensorSpec
 
@@ -49,7 +51,7 @@ def layout(job: ExportJob) -> Layout:
     assert isinstance(spec, TensorSpec) and spec.group_size, (
         "the format's check lets no other weights through"
     )
-    linears = plain_linears(job, "awq", inputs=spec.group_size, outputs=len(ORDER))
+    linears = separate_linears(job, "awq", inputs=spec.group_size, outputs=len(ORDER))
     config = _quantization_config(job, spec)
     return Layout(
         linears={name: _part(job, name, linear, spec.group_size) for name, linear in linears.items()},
@@ -81,7 +83,7 @@ def _tensors(quantized: Quantized) -> dict[str, Tensor]:
     return {
         "qweight": pack_outputs(codes_OI.t().contiguous()),
         "qzeros": pack_outputs(zeros_OG.t().contiguous()),
-        "scales": half_scales(quantized).t().contiguous(),
+        "scales": exactly(quantized.scale, torch.float16).t().contiguous(),
     }
 
 
@@ -96,12 +98,6 @@ def _quantization_config(job: ExportJob, spec: TensorSpec) -> dict[str, Any]:
         "meta": {"quantizer": [f"quantlab:{quantlab.__version__}"], "sym": spec.symmetric},
     }
     if job.ready.skipped:
-        taken = set(job.linears)
-        kept = [
-            name
-            for name, module in job.model.named_modules()
-            if isinstance(module, nn.Linear) and name not in taken
-        ]
-        config["modules_to_not_convert"] = kept
+        config["modules_to_not_convert"] = kept_linears(job)
         config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in job.ready.skipped}
     return config

@@ -12,7 +12,7 @@ from quantlab.numerics.affine import QuantizedTensor
 from quantlab.numerics.codebook import CodebookTensor
 from quantlab.reading.decoded import Decoded
 
-__all__ = ["Codes", "as_decoded"]
+__all__ = ["Codes", "as_decoded", "unsigned_codes"]
 
 
 @dataclass
@@ -42,15 +42,19 @@ def as_decoded(quantized: Quantized) -> Decoded:
         return Decoded(_codes(quantized.codes), quantized.bits, scale, table=_numpy(quantized.values))
     if isinstance(quantized, QuantizedTensor):
         qtype, zero = quantized.qtype, quantized.zero_point
-        # uint8 wraps around: -2^(b-1) + 2^(b-1) is 0.
-        codes = (
-            quantized.codes.view(torch.uint8) + 2 ** (qtype.bits - 1) if qtype.symmetric else quantized.codes
-        )
-        return Decoded(_codes(codes), qtype.bits, scale, zero_OG=None if zero is None else _numpy(zero))
+        codes = _codes(unsigned_codes(quantized))
+        return Decoded(codes, qtype.bits, scale, zero_OG=None if zero is None else _numpy(zero))
     offset = quantized.offset
     return Decoded(
         _codes(quantized.codes), quantized.bits, scale, offset_OG=None if offset is None else _numpy(offset)
     )
+
+
+def unsigned_codes(quantized: QuantizedTensor) -> Tensor:
+    """Codes [O, I] as they count from 0, uint8 on the CPU: those of a symmetric grid plus 2^(b-1)."""
+    codes = quantized.codes.cpu().contiguous()
+    # uint8 wraps around: -2^(b-1) + 2^(b-1) is 0.
+    return codes.view(torch.uint8) + 2 ** (quantized.qtype.bits - 1) if quantized.qtype.symmetric else codes
 
 
 def _codes(codes: Tensor) -> np.ndarray:

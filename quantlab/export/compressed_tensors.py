@@ -45,9 +45,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantlab.export.codes import unsigned_codes
 from quantlab.export.job import ExportJob
 from quantlab.export.linears import kept_linears, separate_linears
 from quantlab.export.shards import Layout, Part, TensorType
+from quantlab.export.tensors import exactly
 from quantlab.methods.solved import Quantized
 from quantlab.numerics.affine import QuantizedTensor
 from quantlab.numerics.packing import pack
@@ -106,20 +108,15 @@ def _part(job: ExportJob, name: str, linear: nn.Linear) -> Part:
 
 
 def _tensors(quantized: Quantized, dtype: torch.dtype, kind: str) -> dict[str, Tensor]:
-    codes, scale = quantized.codes.cpu().contiguous(), quantized.scale.to("cpu", dtype).contiguous()
-    assert torch.equal(scale.float(), quantized.scale.float().cpu()), (
-        "scales must fit the stored dtype exactly"
-    )
+    codes, scale = quantized.codes.cpu().contiguous(), exactly(quantized.scale, dtype)
     if kind == "float-quantized":
         return {"weight": codes.view(torch.float8_e4m3fn), "weight_scale": scale}
     assert isinstance(quantized, QuantizedTensor) and quantized.zero_point is None
     if kind == "int-quantized":
         return {"weight": codes, "weight_scale": scale}
-    bits = quantized.qtype.bits
-    # uint8 wraps around: -2^(b-1) + 2^(b-1) is 0.
-    unsigned = codes.view(torch.uint8) + 2 ** (bits - 1)
+    packed = pack_rows(unsigned_codes(quantized), quantized.qtype.bits)
     shape = torch.tensor(codes.shape, dtype=torch.int64)
-    return {"weight_packed": pack_rows(unsigned, bits), "weight_scale": scale, "weight_shape": shape}
+    return {"weight_packed": packed, "weight_scale": scale, "weight_shape": shape}
 
 
 def _cache_scales(job: ExportJob) -> list[Part]:

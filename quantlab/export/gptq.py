@@ -45,14 +45,17 @@ from torch import Tensor, nn
 
 import quantlab
 from quantlab.errors import SchemeError
+from quantlab.export.codes import unsigned_codes
 from quantlab.export.compressed_tensors import pack_rows
 from quantlab.export.job import ExportJob
+from quantlab.export.linears import separate_linears
 from quantlab.export.shards import Layout, Part, TensorType
+from quantlab.export.tensors import exactly
 from quantlab.methods.solved import Quantized
 from quantlab.numerics.affine import QuantizedTensor
 from quantlab.schemes import TensorSpec
 
-__all__ = ["layout", "pack_words", "plain_linears", "stored_zeros", "unsigned"]
+__all__ = ["layout", "pack_words", "stored_zeros", "unsigned"]
 
 PLANES = {2: (2,), 3: (3,), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 """Bits of a code -> widths of its planes, low bits first."""
@@ -73,7 +76,7 @@ def layout(job: ExportJob, checkpoint_format: str | None = None) -> Layout:
     spec = job.scheme.weights
     assert isinstance(spec, TensorSpec), "the format's check lets no other weights through"
     stored = checkpoint_format or _checkpoint_format(spec)
-    linears = plain_linears(job, "gptq", inputs=WHOLE, outputs=WHOLE)
+    linears = separate_linears(job, "gptq", inputs=WHOLE, outputs=WHOLE)
     config = _quantization_config(job, spec, stored)
     return Layout(
         linears={name: _part(job, name, linear, spec, stored) for name, linear in linears.items()},
@@ -98,18 +101,10 @@ def unsigned(quantized: Quantized) -> tuple[Tensor, Tensor]:
     """Codes [O, I] and zero points [O, G] as they count from 0, both uint8."""
     assert isinstance(quantized, QuantizedTensor), "the format's check lets no other codes through"
     half = 2 ** (quantized.qtype.bits - 1)
-    codes, zeros = quantized.codes.cpu(), quantized.zero_point
+    zeros = quantized.zero_point
     if zeros is None:
-        # uint8 wraps around: -2^(b-1) + 2^(b-1) is 0.
-        return codes.view(torch.uint8) + half, torch.full(quantized.scale.shape, half, dtype=torch.uint8)
-    return codes, zeros.to("cpu", torch.uint8)
-
-
-def half_scales(quantized: Quantized) -> Tensor:
-    """Scales [O, G] as float16, which holds them exactly."""
-    scale = quantized.scale.to("cpu", torch.float16)
-    assert torch.equal(scale.float(), quantized.scale.float().cpu()), "scales must fit float16 exactly"
-    return scale
+        zeros = torch.full(quantized.scale.shape, half)
+    return unsigned_codes(quantized), zeros.to("cpu", torch.uint8)
 
 
 def stored_zeros(zeros: Tensor, checkpoint_format: str, name: str) -> Tensor:
@@ -126,38 +121,6 @@ def stored_zeros(zeros: Tensor, checkpoint_format: str, name: str) -> Tensor:
             f"{int((zeros == 0).sum())} of 0. Use gptq_v2, which stores them as they are."
         )
     return zeros - 1
-
-
-def plain_linears(job: ExportJob, format_name: str, *, inputs: int, outputs: int) -> dict[str, nn.Linear]:
-    """The job's linears by name, each nn.Linear itself, with a weight of its own and whole words of codes.
-
-    Raises:
-        SchemeError: one of them is another class, shares its weight, or has another number of features.
-    """
-    owners: dict[int, str] = {}
-    linears = {}
-    for name in job.linears:
-        linear = job.model.get_submodule(name)
-        leaf = f'"*.{name.rpartition(".")[2]}"'
-        if type(linear) is not nn.Linear:
-            raise SchemeError(
-                f"format {format_name} holds nn.Linear only: {name} is a {type(linear).__name__}, which its readers "
-                f"do not load. Quantize another architecture, or only evaluate this one."
-            )
-        owner = owners.setdefault(id(linear.weight), name)
-        if owner != name:
-            raise SchemeError(
-                f"format {format_name} needs a weight of its own in every linear: {name} shares that of {owner}. "
-                f'Add both to skip: "{name}" and "{owner}".'
-            )
-        if linear.in_features % inputs or linear.out_features % outputs:
-            raise SchemeError(
-                f"format {format_name} needs in_features in multiples of {inputs} and out_features in multiples of "
-                f"{outputs}: {name} has in_features={linear.in_features} and out_features={linear.out_features}. "
-                f"Add {leaf} to skip, or use --format quantlab."
-            )
-        linears[name] = linear
-    return linears
 
 
 def _checkpoint_format(spec: TensorSpec) -> str:
@@ -194,7 +157,7 @@ def _tensors(quantized: Quantized, name: str, stored: str) -> dict[str, Tensor]:
     return {
         "qweight": pack_words(codes_OI, bits).t().contiguous(),
         "qzeros": pack_words(zeros_GO, bits),
-        "scales": half_scales(quantized).t().contiguous(),
+        "scales": exactly(quantized.scale, torch.float16).t().contiguous(),
         "g_idx": torch.arange(width, dtype=torch.int32) // (width // groups),
     }
 

@@ -72,8 +72,10 @@ from transformers.pytorch_utils import Conv1D
 
 from probes.sites import attention_layers
 from quantlab.errors import SchemeError
+from quantlab.export.codes import unsigned_codes
 from quantlab.export.job import ExportJob
 from quantlab.export.shards import Layout, Part, TensorType
+from quantlab.export.tensors import exactly, holds
 from quantlab.layers.linear import weight_of
 from quantlab.layers.rotated import HadamardTransform, RotatedLinear
 from quantlab.methods.k_quants import FALLBACKS, SUPERBLOCK
@@ -193,7 +195,7 @@ def _linear(job: ExportJob, name: str, linear: nn.Module, owner: str) -> tuple[P
         if weights is None:
             kept = linear.weight
             assert isinstance(kept, Tensor)
-            made |= {leaf: _exactly(kept.detach().cpu(), each.dtype) for leaf, each in plan.tensors.items()}
+            made |= {leaf: exactly(kept, each.dtype) for leaf, each in plan.tensors.items()}
         elif owner == name:
             quantized = job.codes(name)
             made |= {leaf: tensor.cpu() for leaf, tensor in plan.build(quantized).items()}
@@ -223,8 +225,7 @@ def _plan(job: ExportJob, linear: nn.Module, weights: TensorSpec | WeightFormat 
     if weights is None:
         kept = linear.weight
         assert isinstance(kept, Tensor)
-        holds = torch.equal(kept, kept.to(job.dtype).to(kept.dtype))
-        kind = TensorType(job.dtype if holds else kept.dtype, tuple(kept.shape))
+        kind = TensorType(job.dtype if holds(job.dtype, kept) else kept.dtype, tuple(kept.shape))
         return _Plan({"kind": "float"}, {"weight": kind}, _nothing)
     entry = {"weights": Scheme(weights).name}
     if isinstance(weights, TensorSpec):
@@ -255,13 +256,11 @@ def _affine(shape: tuple[int, ...], spec: TensorSpec, dtype: torch.dtype, *, rea
 
     def build(quantized: Quantized) -> dict[str, Tensor]:
         assert isinstance(quantized, QuantizedTensor)
-        # uint8 wraps around: -2^(b-1) + 2^(b-1) is 0.
-        shift = 2 ** (bits - 1) if spec.symmetric else 0
-        made = {"codes": pack_rows(quantized.codes.view(torch.uint8) + shift, bits)}
-        made["scale"] = _exactly(quantized.scale, dtype)
+        made = {"codes": pack_rows(unsigned_codes(quantized), bits)}
+        made["scale"] = exactly(quantized.scale, dtype)
         if quantized.zero_point is not None:
             zero = quantized.zero_point
-            made["zero_point"] = _exactly(zero, dtype) if real else pack_rows(zero.to(torch.uint8), bits)
+            made["zero_point"] = exactly(zero, dtype) if real else pack_rows(zero.to(torch.uint8), bits)
         return made
 
     return _Plan(entry, tensors, build)
@@ -283,7 +282,7 @@ def _table(shape: tuple[int, ...], form: WeightFormat, dtype: torch.dtype) -> _P
         assert torch.equal(quantized.values.nan_to_num(), ours.nan_to_num()), f"codes of {form.name}"
         made = {"codes": pack_rows(quantized.codes, form.bits)}
         if kind == "float":
-            return made | {"scale": _exactly(quantized.scale, stored)}
+            return made | {"scale": exactly(quantized.scale, stored)}
         if kind == "e8m0":
             return made | {"scale": _exponents(quantized.scale)}
         of_matrix, codes = _factored(quantized.scale)
@@ -322,13 +321,6 @@ def _block(shape: tuple[int, ...], form: WeightFormat) -> _Plan:
         return made
 
     return _Plan(entry, tensors, build)
-
-
-def _exactly(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same numbers in a dtype that must hold them."""
-    stored = values.to(dtype).contiguous()
-    assert torch.equal(stored.float(), values.float()), "scales must fit the stored dtype exactly"
-    return stored
 
 
 def _exponents(scale: Tensor) -> Tensor:

@@ -38,9 +38,11 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.errors import SchemeError
+from quantlab.export.codes import unsigned_codes
 from quantlab.export.job import ExportJob
 from quantlab.export.linears import kept_linears, separate_linears
 from quantlab.export.shards import Layout, Part, TensorType
+from quantlab.export.tensors import exactly
 from quantlab.methods.solved import Quantized
 from quantlab.numerics.affine import QuantizedTensor
 from quantlab.schemes import TensorSpec
@@ -134,31 +136,22 @@ def _check_group(job: ExportJob, name: str, width: int, spec: TensorSpec) -> Non
 def _tensors8(quantized: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
     assert isinstance(quantized, QuantizedTensor) and quantized.zero_point is None
     data = quantized.codes.cpu().contiguous()
-    return {"weight._data": data, "weight._scale": _stored(quantized.scale, dtype)} | _ones(dtype)
+    return {"weight._data": data, "weight._scale": exactly(quantized.scale, dtype)} | _ones(dtype)
 
 
 def _tensors4(quantized: Quantized, dtype: torch.dtype, size: int, *, in_floats: bool) -> dict[str, Tensor]:
     assert isinstance(quantized, QuantizedTensor), "the format's check lets no other codes through"
-    codes, zero, half = quantized.codes.cpu(), quantized.zero_point, 2 ** (quantized.qtype.bits - 1)
-    if zero is None:
-        # uint8 wraps around: -2^(b-1) + 2^(b-1) is 0.
-        codes, zeros = codes.view(torch.uint8) + half, torch.full(quantized.scale.shape, half)
-    else:
-        zeros = zero.cpu()
+    codes, half = unsigned_codes(quantized), 2 ** (quantized.qtype.bits - 1)
+    zero = quantized.zero_point
+    zeros = torch.full(quantized.scale.shape, half) if zero is None else zero.cpu()
     times = codes.shape[1] // size // quantized.scale.shape[1]
-    scale = _stored(quantized.scale, dtype)
+    scale = exactly(quantized.scale, dtype)
     shift = scale * half if in_floats else zeros.to(torch.uint8)
     return {
         "weight._data._data": pack_planes(codes.reshape(-1, size), quantized.qtype.bits),
         "weight._scale": scale.repeat_interleave(times, dim=1).reshape(-1, 1),
         "weight._shift": shift.repeat_interleave(times, dim=1).reshape(-1, 1),
     } | _ones(dtype)
-
-
-def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    stored = scale.to("cpu", dtype).contiguous()
-    assert torch.equal(stored.float(), scale.float().cpu()), "scales must fit the stored dtype exactly"
-    return stored
 
 
 def _ones(dtype: torch.dtype) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from quantlab.errors import CheckpointError
 from quantlab.export.shards import Layout, Part, TensorType
 from quantlab.inspection.precision import stored_precision
 
-__all__ = ["dtype_name", "holds", "model_parts", "stored_dtype", "tied_names"]
+__all__ = ["dtype_name", "exactly", "holds", "model_parts", "stored_dtype", "tied_names"]
 
 
 def stored_dtype(model: PreTrainedModel, source_precision: str) -> torch.dtype:
@@ -59,6 +59,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 def holds(dtype: torch.dtype, tensor: Tensor) -> bool:
     """Whether the dtype has every value of the tensor."""
     return tensor.dtype == dtype or torch.equal(tensor, tensor.to(dtype).to(tensor.dtype))
+
+
+def exactly(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same numbers on the CPU, contiguous, in a dtype that must hold them."""
+    stored = values.detach().to("cpu", dtype).contiguous()
+    assert torch.equal(stored.float(), values.detach().float().cpu()), (
+        f"{dtype} must hold the numbers exactly"
+    )
+    return stored
 
 
 def _renamed(part: Part, prefix: str) -> Part:

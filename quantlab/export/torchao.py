@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from quantlab.export.job import ExportJob
 from quantlab.export.linears import kept_linears, separate_linears
 from quantlab.export.shards import Layout, Part, TensorType
-from quantlab.export.tensors import dtype_name
+from quantlab.export.tensors import dtype_name, exactly
 from quantlab.methods.solved import Quantized
 from quantlab.numerics.affine import QuantizedTensor
 from quantlab.schemes import TensorSpec
@@ -77,10 +77,7 @@ def _part(job: ExportJob, name: str, linear: nn.Linear, spec: TensorSpec) -> Par
 def _tensors(quantized: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
     assert isinstance(quantized, QuantizedTensor), "the format's check lets no other codes through"
     codes, zero, half = quantized.codes.cpu(), quantized.zero_point, 2 ** (quantized.qtype.bits - 1)
-    scale = quantized.scale.to("cpu", dtype).contiguous()
-    assert torch.equal(scale.float(), quantized.scale.float().cpu()), (
-        "scales must fit the stored dtype exactly"
-    )
+    scale = exactly(quantized.scale, dtype)
     if zero is None:
         zeros = torch.zeros(scale.shape, dtype=torch.int8)
     else:
