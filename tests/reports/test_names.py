@@ -66,7 +66,7 @@ def test_markdown_makes_no_links_of_addresses(text: str, shown: str) -> None:
         ("w8a4", 4, "weights at 8 bits + activations", "weights per channel, activations per token", "w8"),
         ("l6t", 6, "attention logits", "per tensor", ""),
         ("w4g64-gptq", 4, "weights", "groups of 64, gptq", "w4g64"),
-        ("q4_k", 16, "q4_k", "q4_k", ""),
+        ("q2_k", 16, "q2_k", "q2_k", ""),
         ("nf4", 4, "weights", "nf4", "nf4"),
         ("q4_1", 4, "weights", "q4_1", "w4g32z"),
         ("q4_k-a8", 4, "weights + activations at 8 bits", "activations per token, q4_k", "q4_k"),
