@@ -1,6 +1,6 @@
 """The hostile corpus through quantlab and the readers beside it: who refuses, who breaks, who hangs, who loads.
 
-    python benchmarks/hostile_files.py [--only TOOL]
+    python benchmarks/hostile_files.py [--only TOOL] [--every N]
 
 Every file is opened in a forked child of this process, which has imported all of them, so that a child's seconds and
 memory are the reader's own: at most 2 seconds of processor (and 10 on the clock, for what waits), 512 MiB more than
@@ -118,10 +118,10 @@ def verdict(tool: str, case: Case, bases: Path, place: Path) -> str:
     return {0: COLUMNS[3], 2: COLUMNS[0]}.get(os.waitstatus_to_exitcode(status), COLUMNS[1])
 
 
-def tally(tool: str, bases: Path, folder: Path) -> Counter[str]:
-    """Files by verdict; what is not refused cleanly is named on stderr."""
+def tally(tool: str, bases: Path, folder: Path, every: int) -> Counter[str]:
+    """Files by verdict, of each `every` one; what is not refused cleanly is named on stderr."""
     counts: Counter[str] = Counter()
-    for number, case in enumerate(case for case in CASES if reads(tool, case)):
+    for number, case in enumerate([case for case in CASES if reads(tool, case)][::every]):
         place = folder / f"{tool}-{number}"
         place.mkdir()
         found = verdict(tool, case, bases, place)
@@ -134,12 +134,16 @@ def tally(tool: str, bases: Path, folder: Path) -> Counter[str]:
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=["quantlab", *READERS])
-    only = parser.parse_args().only
+    parser.add_argument("--every", type=int, default=1, help="open each N-th file of a tool")
+    given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         bases = make_bases(folder / "bases")
         # Once in this process, so that no child pays for imports.
+        import quantlab.models.low_bit
+        import quantlab.verify.verify  # noqa: F401
+
         _transformers(bases / "llama")
         _transformers_gguf(bases / "gguf/toy.gguf")
         out, sys.stdout = sys.stdout, sys.stderr
@@ -149,8 +153,8 @@ def run() -> None:
             assert not end.code
         sys.stdout = out
         sys.stdout.write(f"| reader | files | {' | '.join(COLUMNS)} |\n|---{'|---' * (len(COLUMNS) + 1)}|\n")
-        for tool in [only] if only else ["quantlab", *READERS]:
-            counts = tally(tool, bases, folder)
+        for tool in [given.only] if given.only else ["quantlab", *READERS]:
+            counts = tally(tool, bases, folder, given.every)
             cells = [tool, counts.total(), *(counts[column] for column in COLUMNS)]
             sys.stdout.write(f"| {' | '.join(map(str, cells))} |\n")
             sys.stdout.flush()

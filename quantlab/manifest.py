@@ -1,19 +1,24 @@
-"""MANIFEST.json: every file of a folder with its SHA-256 and size, sealed so that it cannot change unseen itself. No torch.
+"""MANIFEST.json: every file of a folder with its SHA-256 and size, sealed so that it cannot change unseen. No torch.
 
     {"format_version": 2, "quantlab": "0.1.0", "files": {NAME: {"sha256": .., "bytes": ..}}, ..., "seal": ..}
 
 `seal` is the SHA-256 of the same text without its line. A folder of low-bit weights also has `tensors`: of every linear
 in low bits the digests of its codes and scales, as the quantizer chose them (`quantlab.reading.decoded`).
+
+A seal shows that a manifest was changed, not who wrote it: what it says is bounded before it is believed, and no file
+is opened by a name that the walk of the folder did not find.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import quantlab
 from quantlab.errors import CheckpointError
+from quantlab.inspection.folder import check_depth
 from quantlab.inspection.safetensors_header import MAX_HEADER_BYTES, read_json, regular_file
 
 __all__ = ["FORMAT_VERSION", "MANIFEST", "check_files", "read_manifest", "write_manifest"]
@@ -21,6 +26,9 @@ __all__ = ["FORMAT_VERSION", "MANIFEST", "check_files", "read_manifest", "write_
 MANIFEST = "MANIFEST.json"
 FORMAT_VERSION = 2
 """Of the manifest. Version 1 had no seal and no tensors."""
+MAX_FILES = 100_000
+MAX_FOLDERS = 16
+"""Within each other."""
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any] | None = None) -> None:
@@ -59,15 +67,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     text = path.read_bytes()
     body = read_json(text, path)
+    check_depth(body, path)
     if body.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"manifest must be of version {FORMAT_VERSION}: {path} has {body.get('format_version')!r}. Export again."
+            f"manifest must be of version {FORMAT_VERSION}: {path} has {str(body.get('format_version'))[:80]!r}. "
+            "Export again."
         )
-    unsealed = {name: value for name, value in body.items() if name != "seal"}
-    if body.get("seal") != _seal(unsealed) or text != _text(body).encode():
+    if not _is_sealed(text):
         raise CheckpointError(f"manifest is not what was written: {path} was changed. Export again.")
     if not _is_listing(body.get("files")):
         raise CheckpointError(f"manifest must list files with sha256 and bytes: {path} does not.")
+    if not _is_digests(body.get("tensors", {})):
+        raise CheckpointError(f"manifest must hold digests of codes and scales: {path} does not.")
     return body
 
 
@@ -78,27 +89,58 @@ def check_files(folder: Path) -> dict[str, Any]:
         CheckpointError: names the first file that is missing, changed, a link, or not listed.
     """
     manifest = read_manifest(folder)
-    listed = manifest["files"]
-    for name, entry in listed.items():
-        path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or _leads_out(path, folder):
+    listed, there = manifest["files"], _files_of(folder)
+    for name in listed:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise CheckpointError(f"files of a manifest must lie in its folder: {folder} lists {name!r}.")
-        if not path.exists():
-            raise CheckpointError(f"folder lacks a file of its manifest: {path}. Export again.")
-        if regular_file(path).st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
-            raise CheckpointError(f"file is not what was written: {path} was changed. Export again.")
-    for path in sorted(folder.rglob("*")):
-        if (
-            not path.is_dir()
-            and path != folder / MANIFEST
-            and path.relative_to(folder).as_posix() not in listed
-        ):
-            raise CheckpointError(f"folder holds a file that its manifest does not list: {path}. Remove it.")
+        if name not in there:
+            raise CheckpointError(f"folder lacks a file of its manifest: {folder / name}. Export again.")
+    for name in sorted(there - listed.keys()):
+        raise CheckpointError(
+            f"folder holds a file that its manifest does not list: {folder / name}. Remove it."
+        )
+    # Sizes of all before the bytes of one.
+    changed = [
+        name for name, entry in listed.items() if regular_file(folder / name).st_size != entry["bytes"]
+    ]
+    for name in changed or listed:
+        if changed or _sha256(folder / name) != listed[name]["sha256"]:
+            raise CheckpointError(f"file is not what was written: {folder / name} was changed. Export again.")
     return manifest
 
 
-def _leads_out(path: Path, folder: Path) -> bool:
-    return path.is_symlink() or not path.resolve().is_relative_to(folder.resolve())
+def _files_of(folder: Path) -> set[str]:
+    """Names of all that lies below a folder, folders and the manifest aside; no link is followed.
+
+    Raises:
+        CheckpointError: a link, or more files or folders than a checkpoint has.
+    """
+    found: set[str] = set()
+    folders = [folder]
+    while folders:
+        for entry in _entries(folders.pop()):
+            place = Path(entry.path).relative_to(folder)
+            if entry.is_symlink():
+                raise CheckpointError(
+                    f"files of a manifest must lie in its folder: {folder / place} is a link."
+                )
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(folder / place)
+            else:
+                found.add(place.as_posix())
+            if len(place.parts) > MAX_FOLDERS or len(found) + len(folders) > MAX_FILES:
+                raise CheckpointError(
+                    f"folder must hold at most {MAX_FILES} files, {MAX_FOLDERS} folders deep: {folder} holds more."
+                )
+    return found - {MANIFEST}
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise CheckpointError(f"folder must be readable: {folder}: {error.strerror}.") from error
 
 
 def _is_listing(files: Any) -> bool:
@@ -106,6 +148,20 @@ def _is_listing(files: Any) -> bool:
         isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and type(entry.get("bytes")) is int
         for entry in files.values()
     )
+
+
+def _is_digests(tensors: Any) -> bool:
+    return isinstance(tensors, dict) and all(
+        isinstance(entry, dict) and all(isinstance(entry.get(part), str) for part in ("codes", "scales"))
+        for entry in tensors.values()
+    )
+
+
+def _is_sealed(text: bytes) -> bool:
+    """Whether a text ends with the line of its seal, to the byte."""
+    body, line, _ = text.rpartition(b',\n  "seal": "')
+    seal = hashlib.sha256(body + b"\n}\n").hexdigest().encode()
+    return text == body + line + seal + b'"\n}\n'
 
 
 def _seal(body: Mapping[str, Any]) -> str:
@@ -117,5 +173,8 @@ def _text(body: Mapping[str, Any]) -> str:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"file must be readable: {path}: {error.strerror}.") from error

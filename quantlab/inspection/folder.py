@@ -96,12 +96,12 @@ def read_object(path: Path) -> dict[str, Any]:
     if regular_file(path).st_size > MAX_JSON_BYTES:
         raise CheckpointError(f"checkpoint file is damaged: {path} is larger than {MAX_JSON_BYTES} bytes.")
     tree = read_json(path.read_bytes(), path)
-    _check_depth(tree, path)
+    check_depth(tree, path)
     return tree
 
 
-def _check_depth(tree: Any, path: Path) -> None:
-    """Level by level, without recursion."""
+def check_depth(tree: Any, path: Path) -> None:
+    """A JSON tree of at most MAX_DEPTH; level by level, without recursion."""
     level = [tree]
     for _ in range(MAX_DEPTH):
         below = [value for node in level for value in (node.values() if isinstance(node, dict) else node)]

@@ -27,6 +27,8 @@ __all__ = ["decode", "linears"]
 _STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
 _LONGEST = 4096
 """Bytes of JSON that a linear's state may take."""
+_LARGEST = 1e30
+"""Of the mean of a matrix's scales."""
 
 
 def linears(raw: RawFolder) -> list[str]:
@@ -76,14 +78,16 @@ def _scales(raw: RawFolder, name: str, state: Mapping[str, Any], count: int) -> 
         return stored
     codes = raw.array(f"{name}.weight.absmax", "U8")
     size, offset = _whole(raw, name, state, "nested_blocksize"), state.get("nested_offset")
-    if not isinstance(offset, float | int):
+    number = offset if isinstance(offset, float | int) else _LARGEST
+    if not -_LARGEST < number < _LARGEST:
         raise CheckpointError(
-            f"nested scales must have an offset: {name!r} of {raw.path} has {offset!r:.100}."
+            f"nested scales must have an offset that is finite: {name!r} of {raw.path} has {offset!r:.100}."
         )
     table = raw.array(f"{name}.weight.nested_quant_map", "F32", (256,))
     absmax = raw.array(f"{name}.weight.nested_absmax", "F32", (-(-count // size),))
-    units: NDArray[np.float32] = table[codes] * absmax[np.arange(count) // size]
-    return units + np.float32(offset)
+    with np.errstate(all="ignore"):  # what is not finite shows in the scales
+        units: NDArray[np.float32] = table[codes] * absmax[np.arange(count) // size]
+    return units + np.float32(number)
 
 
 def _state(raw: RawFolder, name: str) -> Mapping[str, Any]:

@@ -98,4 +98,6 @@ def as_floats(array: NDArray[Any], dtype: str, name: str, path: Path) -> NDArray
         return (array.astype(np.uint32) << 16).view(np.float32)
     if dtype not in ("F64", "F32", "F16"):
         raise CheckpointError(f"a tensor of floats was expected: {name!r} of {path} is {dtype}.")
-    return array.astype(np.float32)
+    # Beyond float32 is infinite, which its reader refuses.
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32)

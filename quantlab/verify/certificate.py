@@ -27,6 +27,7 @@ __all__ = [
     "Row",
     "State",
     "content_digest",
+    "unread",
 ]
 
 CERTIFICATE = "certificate.json"
@@ -54,6 +55,13 @@ class Row:
     def loaded(self) -> bool:
         """Whether it loaded the folder and answered."""
         return self.state in ("agrees", "disagrees")
+
+
+def unread(engine: Engine) -> Row:
+    """The row of an engine that was not started: what is said of it, not what was seen."""
+    if engine.loads == "no":
+        return Row(engine, "cannot")
+    return Row(engine, "should load" if engine.loads == "elsewhere" else "not run")
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
+from quantlab.evaluation.hellaswag import evaluate_hellaswag
+from quantlab.evaluation.tasks import sharing
 from quantlab.export.engines import Engine
+from quantlab.models.loading import Checkpoint
 from quantlab.schemes import Scheme
 from quantlab.verify.agreement import compare
-from quantlab.verify.certificate import Row, State
+from quantlab.verify.certificate import Row, State, unread
 from quantlab.verify.config import VerifyConfig
 from quantlab.verify.process import Answer, ReaderError, ask
 from quantlab.verify.questions import make_request
@@ -19,14 +24,7 @@ from quantlab.verify.simulated import ARITHMETICS, forward_of, load_simulated, r
 from quantlab.verify.sources import Source
 from quantlab.verify.worker import respond
 
-__all__ = ["Matrix", "unread"]
-
-
-def unread(engine: Engine) -> Row:
-    """The row of an engine that was not started: what is said of it, not what was seen."""
-    if engine.loads == "no":
-        return Row(engine, "cannot")
-    return Row(engine, "should load" if engine.loads == "elsewhere" else "not run")
+__all__ = ["Matrix"]
 
 
 class Matrix:
@@ -44,6 +42,7 @@ class Matrix:
         self._scheme, self._format = scheme, format_name
         ours = load_simulated(folder, source)
         self.request = make_request(ours.tokenizer, config, ours.info.vocab_size)
+        self._ours = self._answered("float32", ours.model, self._scored(ours))
         # Kept by arithmetic: engines of one folder mostly share it.
         self._plain: Callable[[str], Answer] = cache(self._in_arithmetic)
 
@@ -69,7 +68,7 @@ class Matrix:
         if arithmetic not in ARITHMETICS:
             raise ReaderError(f"it computes in {arithmetic!r}, which nothing here can be compared with")
         reference, plain = self._plain(reference_of(arithmetic)), self._plain(arithmetic)
-        found = compare(answer, arithmetic, self._plain("float32"), reference, plain, self.request)
+        found = compare(answer, arithmetic, self._ours, reference, plain, self.request)
         reason = (
             "" if found.agrees else f"gaps are beyond what {arithmetic} explains: {_places(found.beyond)}"
         )
@@ -78,18 +77,31 @@ class Matrix:
         return Row(engine, state, reason, answer.versions, found, answer.peak_bytes, seconds)
 
     def _in_arithmetic(self, name: str) -> Answer:
-        """Our model's answer; rows are scored only in float32, which predictions are compared with."""
-        model = load_simulated(self._folder, self._source, name).model
-        asked: dict[str, Any] = dict(self.request.arrays())
-        if name != "float32":
-            nothing = np.zeros(0, dtype=np.int64)
-            asked |= {"row_ids": nothing, "row_lengths": nothing, "row_starts": nothing}
-        found = respond(forward_of(model), asked)
+        """Our model's probes; rows are scored only in float32, which predictions are compared with."""
+        if name == "float32":
+            return self._ours
+        return self._answered(name, load_simulated(self._folder, self._source, name).model, np.zeros(0))
+
+    def _scored(self, ours: Checkpoint) -> NDArray[np.float64]:
+        """Log-likelihoods of all endings, as `quantlab evaluate` finds them: a context is read once where it may be."""
+        found = evaluate_hellaswag(
+            ours.model,
+            ours.tokenizer,
+            self._config.hellaswag,
+            share_context=sharing(ours, self._scheme)[0],
+            batch_size=1 if self._scheme.rounds_values else "auto",
+        )
+        return found.ll_N4.reshape(-1)
+
+    def _answered(self, name: str, model: PreTrainedModel, ll: NDArray[np.float64]) -> Answer:
+        nothing = np.zeros(0, dtype=np.int64)
+        rows = {"row_ids": nothing, "row_lengths": nothing, "row_starts": nothing}
+        found = respond(forward_of(model), self.request.arrays() | rows)
         probes = range(len(self.request.probes))
         hidden = tuple(
             tuple(found[f"hidden_{place}_{layer}"] for layer in range(_num_hidden(found))) for place in probes
         )
-        return Answer(found["ll"], tuple(found[f"logits_{place}"] for place in probes), hidden, {}, name)
+        return Answer(ll, tuple(found[f"logits_{place}"] for place in probes), hidden, {}, name)
 
 
 def _num_hidden(found: dict[str, Any]) -> int:

@@ -18,10 +18,9 @@ from quantlab.export.formats import find_format
 from quantlab.inspection.folder import read_object
 from quantlab.manifest import MANIFEST, check_files
 from quantlab.schemes import Scheme
-from quantlab.verify.certificate import CARD, CERTIFICATE, Certificate, content_digest
+from quantlab.verify.certificate import CARD, CERTIFICATE, Certificate, content_digest, unread
 from quantlab.verify.codes import CodesReport, check_codes
 from quantlab.verify.config import VerifyConfig
-from quantlab.verify.matrix import Matrix, unread
 from quantlab.verify.size import SizeReport, check_size
 from quantlab.verify.sources import source_of
 from quantlab.verify.writing import check_writable, write_certificate
@@ -75,6 +74,8 @@ def _examined(
         size = check_size(folder, source, codes.num_weights, recipe)
         # Engines are not shown a folder that is known to be wrong.
         if not codes.failures() and not size.failures():
+            from quantlab.verify.matrix import Matrix  # torch: not for a folder that is wrong
+
             matrix = Matrix(folder, source, scheme, format_name, config)
             dataset, num_documents = matrix.request.dataset_sha256, len(matrix.request.documents)
             rows = tuple(matrix.row(engine, advance) for engine in engines)
@@ -113,7 +114,9 @@ def _checked_files(folder: Path) -> dict[str, Any]:
 
 def _recipe(folder: Path) -> dict[str, Any]:
     recipe = read_object(folder / RECIPE)
-    if not {"scheme", "format", "average_storage_bits"} <= recipe.keys():
+    names, bits = [recipe.get("scheme"), recipe.get("format")], recipe.get("average_storage_bits", -1)
+    named = all(isinstance(name, str) and len(name) <= 200 for name in names)
+    if not named or not isinstance(bits, int | float) or not 0 <= bits <= 64:
         raise CheckpointError(
             f"recipe must name scheme, format and average_storage_bits: {folder / RECIPE} does not."
         )

@@ -23,6 +23,7 @@ __all__ = ["check_writable", "write_certificate"]
 
 _CHANGED = (CARD, CERTIFICATE)
 _OF_MANIFEST = ("format_version", "quantlab", "files", "seal")
+_LARGEST_CARD = 16_000_000
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -81,10 +82,23 @@ def _fill(new: Path, old: Path, certificate: Certificate) -> None:
             target.mkdir()
         elif path not in {old / name for name in (*_CHANGED, MANIFEST)}:
             _link(path, target)
-    card = old / CARD
-    text = card.read_text(encoding="utf-8") if card.exists() else ""
+    text = _card(old / CARD)
     (new / CARD).write_text(into_card(text, certificate), encoding="utf-8")
     (new / CERTIFICATE).write_text(certificate.text(), encoding="utf-8")
+
+
+def _card(path: Path) -> str:
+    """The card that there is; files were found true before, so that it is a plain file."""
+    if not path.exists():
+        return ""
+    if path.stat().st_size > _LARGEST_CARD:
+        raise VerificationError(f"a card must be a text of at most {_LARGEST_CARD} bytes: {path} is larger.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise VerificationError(
+            f"a card must be UTF-8 text: {path} is not, at byte {error.start}."
+        ) from error
 
 
 def _link(path: Path, target: Path) -> None:

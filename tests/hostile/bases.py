@@ -13,6 +13,16 @@ from tests.hostile.case import INDEX, WEIGHTS
 from tests.quantlab.test_gguf import write_gguf
 from tests.toys import save_checkpoint, toy_model
 
+EXPORTS = {
+    "compressed": ("llama", "w4g32", "compressed-tensors"),
+    "ours": ("llama", "w4g32z-rotate", "quantlab"),
+    "tables": ("wide", "nf4", "quantlab"),
+    "blocks": ("llama", "q4_1", "quantlab"),
+    "gptq": ("llama", "w4g32z", "gptq"),
+    "nf4": ("wide", "nf4_dq", "bitsandbytes"),
+}
+"""Folders of low-bit weights: of which checkpoint, by which scheme, in which format."""
+
 
 def make_bases(folder: Path) -> Path:
     """Write every base under `folder`, which must be new; returns it."""
@@ -25,7 +35,9 @@ def make_bases(folder: Path) -> Path:
     write_gguf(folder / "gguf/toy.gguf", toy_model(), "llama")
     _split(folder / "llama", folder / "shards")
     _pickle(folder / "llama", folder / "pickles")
-    _quantize(folder / "llama", folder / "compressed")
+    save_checkpoint("llama", folder / "wide", intermediate_size=128)
+    for target, (source, scheme, form) in EXPORTS.items():
+        _quantize(folder / source, folder / target, scheme, form)
     (folder / "empty").mkdir()
     return folder
 
@@ -49,21 +61,12 @@ def _pickle(source: Path, target: Path) -> None:
     (target / WEIGHTS).unlink()
 
 
-def _quantize(source: Path, target: Path) -> None:
-    """The same checkpoint at four bits, in compressed-tensors."""
+def _quantize(source: Path, target: Path, scheme: str, form: str) -> None:
+    """The same checkpoint in low bits."""
     from quantlab.cli import main
 
-    words = [
-        "quantize",
-        str(source),
-        "--scheme",
-        "w4g32",
-        "--format",
-        "compressed-tensors",
-        "-o",
-        str(target),
-    ]
-    (target.parent / "no-run/records").mkdir(parents=True)
+    words = ["quantize", str(source), "--scheme", scheme, "--format", form, "-o", str(target)]
+    (target.parent / "no-run/records").mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
         main([*words, "--device", "cpu", "--records", str(target.parent / "no-run")])
     assert (target / WEIGHTS).exists()

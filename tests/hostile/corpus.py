@@ -16,9 +16,11 @@ tests of reports hold them. B24, calibration sets that are empty or too small: n
 loaded; the tests of calibration hold them.
 """
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 
-from tests.hostile import config_files, gguf_files, index_files, own_files, safetensors_files
+from tests.hostile import config_files, export_files, gguf_files, index_files, own_files, safetensors_files
 from tests.hostile.case import Case
 
 NOT_LOADED = ("B21", "B24")
@@ -31,8 +33,21 @@ _GROUPS = {
     "config": config_files,
     "gguf": gguf_files,
     "ours": own_files,
+    "export": export_files,
 }
 
 CASES: list[Case] = [
     replace(case, name=f"{group}: {case.name}") for group, files in _GROUPS.items() for case in files.CASES
 ]
+
+
+def first_of_each(cases: Iterable[Case], count: int = 3) -> set[str]:
+    """Names of the first cases of every class in every group, told before and by loading: those that always run."""
+    seen: Counter[tuple[str, str, bool]] = Counter()
+    kept = set()
+    for case in cases:
+        keys = [(case.name.split(":")[0], name, case.loads) for name in case.classes.split()]
+        if any(seen[key] < count for key in keys):
+            kept.add(case.name)
+            seen.update(keys)
+    return kept

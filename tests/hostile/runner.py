@@ -67,7 +67,8 @@ def serving(warm: Sequence[str] = (), prefix: Sequence[str] = ()) -> Iterator[Se
             yield Server(process)
         finally:
             process.stdin.close()  # type: ignore[union-attr]
-            process.wait(20)
+            # A busy machine takes its time to end a process that has imported torch.
+            process.wait(300)
             process.stdout.close()  # type: ignore[union-attr]
 
 

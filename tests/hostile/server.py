@@ -120,7 +120,9 @@ def prepare(words: list[str]) -> None:
 
     import quantlab.pipeline
     import quantlab.progress
-    import quantlab.tables  # noqa: F401
+    import quantlab.tables
+    import quantlab.verify.tables
+    import quantlab.verify.verify
     import reports.page  # noqa: F401
 
     if not words:
@@ -131,6 +133,7 @@ def prepare(words: list[str]) -> None:
     except SystemExit as end:
         assert not end.code
     sys.stdout = out
+    import quantlab.models.low_bit  # noqa: F401
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ def words_of(verb: str, path: Path | str, bases: Path, work: Path) -> list[str]:
     return {
         "profile": ["profile", str(path), *profile],
         "profile16": ["profile", str(path), *profile, "--dtype", "float16"],
+        "evaluate": ["evaluate", str(path), "--tasks", "perplexity", *profile],
+        "verify": ["verify", str(path)],
         "text": ["profile", good, "--text", str(path), *block],
         "hellaswag": ["evaluate", good, "--tasks", "hellaswag", "--hellaswag", str(path), *block[4:]],
         "run": ["run", str(path), "--out", str(work / "run")],
