@@ -123,7 +123,7 @@ class Prepared:
     """A model whose transforms are done, and whose codes are to be had."""
 
     linears: tuple[str, ...]
-    """Names of the linears in low bits; each has a matrix of its own."""
+    """Names of the linears in low bits; of those that share a matrix `solve` knows the first."""
     skipped: tuple[str, ...]
     """Decoder linears that keep their precision by request."""
     solve: Callable[[str], Solved]

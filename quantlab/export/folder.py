@@ -29,7 +29,7 @@ from quantlab.export.atomic import check_destination, new_folder
 from quantlab.export.codes import Codes
 from quantlab.export.formats import Format, find_format
 from quantlab.export.job import ExportJob
-from quantlab.export.model_card import CardFacts, Scores, matching_scores, model_card
+from quantlab.export.model_card import CardFacts, matching_scores, model_card
 from quantlab.export.shards import DEFAULT_SHARD_SIZE, Layout, write_shards
 from quantlab.export.tensors import dtype_name, model_parts, stored_dtype, tied_names
 from quantlab.inspection.checkpoint import content_hash
@@ -110,13 +110,15 @@ def export_checkpoint(
     dtype = stored_dtype(checkpoint.model, info.source_precision)
     known, converted = known_to_engines(checkpoint, form.name)
     model = known.model
+    module = import_module(form.module)
+    if hasattr(module, "check"):
+        module.check(known)
     if calibrator is not None and converted:
         # Statistics on disk are of the model as it was.
         calibrator = replace(calibrator, folder=None)
     scale_dtype: torch.dtype = getattr(torch, form.scale_dtype) if form.scale_dtype else dtype
     with prepared(model, scheme, config, scale_dtype=scale_dtype, calibrator=calibrator) as found:
         ready = replace(found, notes=(*converted, *found.notes))
-        codes = Codes(ready.solve)
         job = ExportJob(
             model,
             checkpoint.tokenizer,
@@ -124,67 +126,75 @@ def export_checkpoint(
             scheme,
             ready.linears,
             dtype,
-            codes,
+            Codes(ready.solve),
             max_shard_size,
             advance,
             ready,
         )
-        digest = content_hash(info)
         # Gains that were folded change codes of o_proj: scores of the model as it was are not of these.
         own = () if converted and info.variant != "standard" else records
-        scores = matching_scores(own, digest, scheme, config.skip, made_by)
-        return _write(job, form, out_dir, config, made_by, digest, scores, overwrite=overwrite)
+        origin = _Origin(content_hash(info), config, made_by, own)
+        with new_folder(out_dir, overwrite=overwrite, facts={"tensors": job.codes.digests}) as folder:
+            facts = _fill(folder, job, form, origin)
+    return _summary(out_dir, job, facts)
 
 
-def _write(
-    job: ExportJob,
-    form: Format,
-    out_dir: Path,
-    config: QuantizeConfig,
-    made_by: Mapping[str, Any],
-    digest: str,
-    scores: Scores,
-    *,
-    overwrite: bool,
-) -> ExportSummary:
-    module = import_module(form.module)
-    manifest: dict[str, Any] = {"tensors": job.codes.digests}
-    with new_folder(out_dir, overwrite=overwrite, facts=manifest) as folder:
-        if hasattr(module, "write"):
-            layout, wider = module.write(job, folder), []
-        else:
-            layout = module.layout(job)
-            wider = _write_safetensors(job, layout, folder)
-        weights_bytes = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in _WEIGHTS)
-        job.tokenizer.save_pretrained(folder)
-        facts = CardFacts(
-            scheme=job.scheme,
-            format_name=form.name,
-            layout=layout.name,
-            base_model=job.info.name,
-            content_hash=digest,
-            source_precision=job.info.source_precision,
-            stored_dtype=dtype_name(job.dtype),
-            num_swapped=len(job.linears),
-            skipped=job.ready.skipped,
-            skip=config.skip,
-            average_storage_bits=layout.average_storage_bits,
-            weights_bytes=weights_bytes,
-            tied_embeddings=bool(tied_names(job.model)),
-            engines=form.engines(job.scheme),
-            wider=wider,
-            notes=_notes(job),
-            scale_dtype=form.scale_dtype or "",
-        )
-        (folder / "README.md").write_text(model_card(facts, scores), encoding="utf-8")
-        write_json(folder / "recipe.json", _recipe(facts, config, made_by))
+@dataclass(frozen=True)
+class _Origin:
+    """What the codes were made of, for the recipe and the card."""
+
+    content_hash: str
+    config: QuantizeConfig
+    made_by: Mapping[str, Any]
+    records: Sequence[Record]
+
+
+def _fill(folder: Path, job: ExportJob, form: Format, origin: _Origin) -> CardFacts:
+    """Write every file but the manifest; returns what the card says."""
+    layout, wider = _write_weights(folder, job, form)
+    job.tokenizer.save_pretrained(folder)
+    facts = _facts(folder, job, form, origin, layout, wider)
+    scores = matching_scores(
+        origin.records, origin.content_hash, job.scheme, origin.config.skip, origin.made_by
+    )
+    (folder / "README.md").write_text(model_card(facts, scores), encoding="utf-8")
+    write_json(folder / "recipe.json", _recipe(facts, origin))
+    return facts
+
+
+def _facts(
+    folder: Path, job: ExportJob, form: Format, origin: _Origin, layout: Layout, wider: Sequence[str]
+) -> CardFacts:
+    return CardFacts(
+        scheme=job.scheme,
+        format_name=form.name,
+        layout=layout.name,
+        base_model=job.info.name,
+        content_hash=origin.content_hash,
+        source_precision=job.info.source_precision,
+        stored_dtype=dtype_name(job.dtype),
+        num_swapped=len(job.linears),
+        skipped=job.ready.skipped,
+        skip=origin.config.skip,
+        average_storage_bits=layout.average_storage_bits,
+        weights_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.suffix in _WEIGHTS),
+        tied_embeddings=bool(tied_names(job.model)),
+        engines=form.engines(job.scheme),
+        wider=wider,
+        notes=(*job.ready.notes, *layout.notes, *_notes_of_codes(job)),
+        scale_dtype=form.scale_dtype or "",
+        kept_in=layout.kept_in,
+    )
+
+
+def _summary(out_dir: Path, job: ExportJob, facts: CardFacts) -> ExportSummary:
     return ExportSummary(
         path=out_dir,
-        format_name=form.name,
-        scheme=job.scheme.name,
-        weights_bytes=weights_bytes,
-        average_storage_bits=layout.average_storage_bits,
-        stored_dtype=dtype_name(job.dtype),
+        format_name=facts.format_name,
+        scheme=facts.scheme.name,
+        weights_bytes=facts.weights_bytes,
+        average_storage_bits=facts.average_storage_bits,
+        stored_dtype=facts.stored_dtype,
         swapped=job.linears,
         skipped=job.ready.skipped,
         notes=facts.notes,
@@ -194,27 +204,30 @@ def _write(
 _WEIGHTS = (".safetensors", ".gguf")
 
 
-def _write_safetensors(job: ExportJob, layout: Layout, folder: Path) -> list[str]:
-    """Weights, config and further files of a format that is safetensors; names of tensors kept in a wider dtype."""
+def _write_weights(folder: Path, job: ExportJob, form: Format) -> tuple[Layout, list[str]]:
+    """Weights, config and further files of the format; the layout, and names of tensors kept in a wider dtype."""
+    module = import_module(form.module)
+    if hasattr(module, "write"):
+        return module.write(job, folder), []
+    layout: Layout = module.layout(job)
     parts = list(model_parts(job.model, layout, job.dtype))
-    write_shards(folder, parts, job.max_shard_size, job.advance, layout.metadata)
+    write_shards(folder, [*parts, *layout.extra], job.max_shard_size, job.advance, layout.metadata)
     _write_configs(folder, job.model, layout, job.dtype)
     for name, body in layout.files.items():
         write_json(folder / name, body)
     kept = (part for part in parts if not part.num_linears)
-    return [name for part in kept for name in part.wider_than(job.dtype)]
+    return layout, [name for part in kept for name in part.wider_than(job.dtype)]
 
 
-def _notes(job: ExportJob) -> tuple[str, ...]:
-    """What transforms say, and what was done otherwise than asked, each with the linears that it is of."""
+def _notes_of_codes(job: ExportJob) -> list[str]:
+    """What methods did otherwise than asked, each with the linears that it is of."""
     linears: dict[str, list[str]] = {}
     for name, note in job.codes.notes.items():
         linears.setdefault(note, []).append(name)
-    of_codes = [
+    return [
         f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {note}"
         for note, names in linears.items()
     ]
-    return (*job.ready.notes, *of_codes)
 
 
 def _check_code(model: PreTrainedModel) -> None:
@@ -242,15 +255,15 @@ def _write_configs(folder: Path, model: PreTrainedModel, layout: Layout, dtype: 
         write_json(folder / "generation_config.json", json.loads(generation.to_json_string(use_diff=True)))
 
 
-def _recipe(facts: CardFacts, config: QuantizeConfig, made_by: Mapping[str, Any]) -> dict[str, Any]:
+def _recipe(facts: CardFacts, origin: _Origin) -> dict[str, Any]:
     return {
         "format_version": 2,
         "quantlab": quantlab.__version__,
         "scheme": facts.scheme.name,
         "format": facts.format_name,
         "layout": facts.layout,
-        "quantize": config.model_dump(mode="json"),
-        "made_by": dict(made_by),
+        "quantize": origin.config.model_dump(mode="json"),
+        "made_by": dict(origin.made_by),
         "stored_dtype": facts.stored_dtype,
         "average_storage_bits": facts.average_storage_bits,
         "source": {

@@ -5,6 +5,7 @@ is imported only when something is written. The module offers
 
     layout(job: ExportJob) -> Layout                            where weights are safetensors
     write(job: ExportJob, folder: Path) -> Layout               where they are a file of their own (gguf)
+    check(checkpoint: Checkpoint) -> None                       where it can tell at once what it cannot hold of a model
 """
 
 from collections.abc import Callable

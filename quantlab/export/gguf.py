@@ -25,11 +25,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import quantlab
 from quantlab.errors import SchemeError
@@ -38,6 +40,7 @@ from quantlab.export.gguf_file import FileTensor, Value, key_bytes, write_file
 from quantlab.export.gguf_sizes import architecture_name, note_of, size_keys
 from quantlab.export.gguf_tokenizer import tokenizer_keys
 from quantlab.export.job import ExportJob
+from quantlab.export.linears import check_own_weights
 from quantlab.export.shards import Layout, Part, TensorType
 from quantlab.export.tensors import holds, tied_names
 from quantlab.inspection.gguf_header import GgufHeader, GgufTensor, read_gguf
@@ -48,7 +51,10 @@ from quantlab.models.gguf_weights import dequantized
 from quantlab.numerics.block import BlockTensor
 from quantlab.schemes import WeightFormat
 
-__all__ = ["FILE", "write"]
+if TYPE_CHECKING:
+    from quantlab.models.loading import Checkpoint
+
+__all__ = ["FILE", "check", "write"]
 
 FILE = "model.gguf"
 
@@ -62,14 +68,27 @@ _FILE_TYPES = {
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
+def check(checkpoint: "Checkpoint") -> None:
+    """Refuse a model that no file holds, before anything is computed.
+
+    Raises:
+        SchemeError: llama.cpp has no architecture, no tensor or no tokenizer that does what this model's does.
+    """
+    model = checkpoint.model
+    architecture = GGUF_ARCHITECTURES[architecture_name(model)]
+    for name in model.state_dict():
+        _own_name(name, model, architecture)
+    tokenizer_keys(checkpoint.tokenizer, checkpoint.info, _num_tokens(model))
+
+
 def write(job: ExportJob, folder: Path) -> Layout:
     """Write `model.gguf`; returns what the card and the summary say of it.
 
     Raises:
-        SchemeError: llama.cpp has no architecture, or no tokenizer, that does what this model's does.
+        SchemeError: as `check`, or two linears share a weight.
     """
-    name = architecture_name(job.model)
-    num_tokens = int(job.model.get_input_embeddings().weight.shape[0])
+    check_own_weights(job, "gguf")
+    name, num_tokens = architecture_name(job.model), _num_tokens(job.model)
     tokenizer = tokenizer_keys(job.tokenizer, job.info, num_tokens)
     tensors = _Tensors(job, GGUF_ARCHITECTURES[name]).all()
     spec = job.scheme.weights
@@ -77,8 +96,6 @@ def write(job: ExportJob, folder: Path) -> Layout:
     keys = _general(job, name, main) | size_keys(job.model.config, name, num_tokens)
     written = [key_bytes(key, value) for key, value in keys.items()]
     write_file(folder / FILE, [*written, *tokenizer], list(tensors.values()))
-    if note := note_of(job.model.config):
-        job.codes.notes[FILE] = note
     return _layout(job, tensors, main)
 
 
@@ -90,7 +107,17 @@ def _layout(job: ExportJob, tensors: Mapping[str, FileTensor], main: str) -> Lay
         name: Part({"blocks": TensorType(torch.uint8, (tensor.num_bytes,))}, dict)
         for name, tensor in stored.items()
     }
-    return Layout(parts, {}, main, sum(prod(tensor.shape) for tensor in stored.values()))
+    kept = [
+        tensor.kind for name, tensor in tensors.items() if name.removesuffix(".weight") not in job.linears
+    ]
+    return Layout(
+        linears=parts,
+        quantization_config={},
+        name=main,
+        num_codes=sum(prod(tensor.shape) for tensor in stored.values()),
+        kept_in=" and ".join(sorted(set(kept))),
+        notes=tuple(filter(None, [note_of(job.model.config)])),
+    )
 
 
 def _general(job: ExportJob, name: str, main: str) -> dict[str, Value]:
@@ -126,14 +153,8 @@ class _Tensors:
         for name, tensor in model.state_dict().items():
             if name in tied:
                 continue
-            found = gguf_name(name, self.architecture)
-            if found is None:
-                raise SchemeError(
-                    f"every tensor must have a place in a GGUF file: {type(model).__name__} has {name!r}, which "
-                    f"llama.cpp does not know. Use --format quantlab."
-                )
             make = self._in_low_bits if name in linears else self._kept
-            tensors[name] = make(name, tensor, *found)
+            tensors[name] = make(name, tensor, *_own_name(name, model, self.architecture))
         return tensors
 
     def _in_low_bits(self, name: str, tensor: Tensor, own: str, stored: Stored | None) -> FileTensor:
@@ -194,6 +215,22 @@ class _Tensors:
         heads = config.num_attention_heads if ".attn_q." in own else config.num_key_value_heads
         halves: Tensor = rows.unflatten(0, (heads, 2, -1))
         return halves.transpose(1, 2).flatten(0, 2)
+
+
+def _own_name(name: str, model: PreTrainedModel, architecture: GgufArchitecture) -> tuple[str, Stored | None]:
+    """A tensor's name in the file, and how its values change."""
+    found = gguf_name(name, architecture)
+    if found is None:
+        raise SchemeError(
+            f"every tensor must have a place in a GGUF file: {type(model).__name__} has {name!r}, which llama.cpp does "
+            f"not know. Use --format quantlab."
+        )
+    return found
+
+
+def _num_tokens(model: PreTrainedModel) -> int:
+    """Rows of the embedding."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def _bytes(tensor: Tensor) -> Bytes:

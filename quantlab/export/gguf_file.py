@@ -46,7 +46,7 @@ class FileTensor:
     kind: str
     """Name of its ggml type."""
     shape: tuple[int, ...]
-    """In torch's order: rows are last."""
+    """In torch's order: [O, I] of a matrix."""
     build: Callable[[], NDArray[Any]]
     """Makes its bytes: C-contiguous, of any dtype."""
 

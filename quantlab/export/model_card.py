@@ -61,6 +61,8 @@ class CardFacts:
     """What methods and transforms did otherwise than asked, or untied."""
     scale_dtype: str = ""
     """Dtype of scales where the format fixes another."""
+    kept_in: str = ""
+    """Types of everything that keeps its precision, where they are not the stored dtype."""
 
 
 def matching_scores(
@@ -111,10 +113,10 @@ def model_card(facts: CardFacts, scores: Scores) -> str:
     front = yaml.safe_dump(_front_matter(facts, scores), sort_keys=False, allow_unicode=True, width=10_000)
     sections = [
         f"# {_escaped(facts.base_model)}, {facts.scheme.name}",
-        f"Low-bit weights of {_escaped(facts.base_model)}, made by quantlab {quantlab.__version__}.",
+        f"{_what(facts.scheme)} of {_escaped(facts.base_model)}, made by quantlab {quantlab.__version__}.",
         "## What is quantized\n\n" + _table(("", ""), _facts_rows(facts)),
         *_warnings(facts),
-        "## Scores\n\n" + _scores_text(scores, facts.scale_dtype or facts.stored_dtype),
+        "## Scores\n\n" + _scores_text(scores, facts),
         "## Loading\n\n" + USAGE[facts.format_name],
         "## Engines\n\n" + engines_table(facts.engines),
         "`MANIFEST.json` holds the sha256 and size of every file; `recipe.json` says how the weights were made.",
@@ -141,7 +143,7 @@ def _front_matter(facts: CardFacts, scores: Scores) -> dict[str, Any]:
     front: dict[str, Any] = {
         "base_model": _one_line(facts.base_model),
         "base_model_relation": "quantized",
-        "library_name": "transformers",
+        **({"library_name": "transformers"} if _in_transformers(facts) else {}),
         "pipeline_tag": "text-generation",
         "tags": ["quantlab", facts.format_name, facts.scheme.name, f"{bits}-bit"],
     }
@@ -151,6 +153,15 @@ def _front_matter(facts: CardFacts, scores: Scores) -> dict[str, Any]:
             {"name": f"{_one_line(facts.base_model)}, {facts.scheme.name}", "results": results}
         ]
     return front
+
+
+def _in_transformers(facts: CardFacts) -> bool:
+    """Whether transformers loads the folder by itself."""
+    return any(engine.name == "transformers" and engine.loads == "here" for engine in facts.engines)
+
+
+def _what(scheme: Scheme) -> str:
+    return "Weights in 16 bits" if scheme.weights is None else "Low-bit weights"
 
 
 def _model_index_entry(task: str, record: Record, summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,7 +193,7 @@ def _facts_rows(facts: CardFacts) -> list[tuple[str, str]]:
     scheme = facts.scheme
     return [
         ("scheme", f"`{scheme.name}`"),
-        ("codes chosen by", METHODS[scheme.method].summary),
+        ("codes chosen by", _method(scheme)),
         *(
             [("transforms", "; ".join(TRANSFORMS[name].summary for name in scheme.transforms))]
             if scheme.transforms
@@ -197,12 +208,36 @@ def _facts_rows(facts: CardFacts) -> list[tuple[str, str]]:
             f"{facts.average_storage_bits:.3f}, with scales, padding and shapes",
         ),
         ("weight files", f"{facts.weights_bytes:,} bytes"),
-        (f"kept in {facts.stored_dtype}", _kept(facts)),
-        ("scales", facts.scale_dtype or facts.stored_dtype),
+        (f"kept in {facts.kept_in or facts.stored_dtype}", _kept(facts)),
+        ("scales", _scales(facts)),
         ("source", f"{_escaped(facts.base_model)}, {_escaped(facts.source_precision)}"),
         ("source content", f"`{facts.content_hash}`"),
         *(("note", _escaped(note)) for note in facts.notes),
     ]
+
+
+def _method(scheme: Scheme) -> str:
+    """How codes were chosen."""
+    if not isinstance(scheme.weights, TensorSpec):
+        return "nothing" if scheme.weights is None else f"the format {scheme.weights.name} itself"
+    return "round to nearest" if scheme.method == "rtn" else METHODS[scheme.method].summary
+
+
+_SCALES = {
+    **dict.fromkeys(("nf4", "fp4", "llm_int8"), "float32"),
+    **dict.fromkeys(("nf4_dq", "fp4_dq"), "8 bits, with a float32 scale per 256 of them"),
+    **dict.fromkeys(("mxfp4", "mxfp6", "mxfp6e3m2"), "powers of two in 8 bits"),
+    "nvfp4": "8-bit floats, with one float32 for the matrix",
+    **dict.fromkeys(("q8_0", "q5_1", "q5_0", "q4_1", "q4_0"), "float16"),
+    **dict.fromkeys(("q6_k", "q5_k", "q4_k", "q3_k"), "float16 and small integers, as the type has them"),
+}
+"""Format of weights -> how its scales are stored, where that is fixed and they are not rounded to the stored dtype."""
+
+
+def _scales(facts: CardFacts) -> str:
+    if facts.scheme.weights is None:
+        return "none"
+    return _SCALES.get(facts.scheme.format or "", facts.scale_dtype or facts.stored_dtype)
 
 
 def _grid(spec: TensorSpec | WeightFormat | None) -> str:
@@ -242,7 +277,7 @@ def _warnings(facts: CardFacts) -> list[str]:
     ]
 
 
-def _scores_text(scores: Scores, scale_dtype: str) -> str:
+def _scores_text(scores: Scores, facts: CardFacts) -> str:
     if not scores:
         return "not measured"
     rows = [
@@ -259,15 +294,17 @@ def _scores_text(scores: Scores, scale_dtype: str) -> str:
     ]
     missing = [f"{task}: not measured" for task in _SIZES if task not in scores]
     table = _table(("task", "score", "value", "95% interval", "n", "record"), rows)
-    return "\n\n".join([table, *missing, _how_measured(scores, scale_dtype)])
+    return "\n\n".join([table, *missing, _how_measured(scores, facts)])
 
 
-def _how_measured(scores: Scores, scale_dtype: str) -> str:
+def _how_measured(scores: Scores, facts: CardFacts) -> str:
     """Of which codes the scores are, those in the folder or those from scales of another dtype, and what ran."""
     settings = [record.made_by.get("quantize", {}) for record, _ in scores.values()]
     measured = {setting.get("scale_dtype", "float32") for setting in settings}
-    ran = _kernels_text(scores)
-    if measured == {scale_dtype}:
+    ran, scale_dtype = _kernels_text(scores), facts.scale_dtype or facts.stored_dtype
+    if facts.scheme.weights is None:
+        return f"Measured by quantlab on the weights of this folder.{ran}"
+    if facts.scheme.format in _SCALES or measured == {scale_dtype}:
         return f"Measured by quantlab on the codes and scales of this folder.{ran}"
     return (
         f"Measured by quantlab on the scheme with scales in {' and '.join(sorted(measured))}; the scales of this "

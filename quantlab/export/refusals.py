@@ -97,9 +97,7 @@ def of_quanto(scheme: Scheme) -> str | None:
 
 def of_quantlab(scheme: Scheme) -> str | None:
     """Everything that has codes of weights."""
-    if scheme.mixed or scheme.weights is not None:
-        return None
-    return "it leaves the weights at 16 bits"
+    return "it leaves the weights at 16 bits" if scheme.weights is None else None
 
 
 def _beyond_weights(scheme: Scheme) -> str | None:

@@ -73,6 +73,10 @@ class Layout:
     """Further JSON files of the folder, by name."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """What goes into the headers of the weight files besides `format: pt`."""
+    kept_in: str = ""
+    """Types of everything that keeps its precision, where they are not the stored dtype."""
+    notes: tuple[str, ...] = ()
+    """What the files say otherwise than the model, in words."""
 
     @property
     def average_storage_bits(self) -> float:

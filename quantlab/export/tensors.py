@@ -41,7 +41,6 @@ def model_parts(model: PreTrainedModel, layout: Layout, dtype: torch.dtype) -> I
             yield _renamed(layout.linears[owner], stored.removesuffix("weight"))
         else:
             yield _kept(stored, state[name], dtype)
-    yield from layout.extra
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:

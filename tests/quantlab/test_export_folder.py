@@ -13,9 +13,11 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
+from quantlab.calibration.calibrator import Calibrator
 from quantlab.config import CheckpointConfig, QuantizeConfig
 from quantlab.errors import CheckpointError, OutputError, SchemeError
 from quantlab.export import atomic, shards
+from quantlab.export import folder as folder_module
 from quantlab.export.folder import ExportSummary, export_checkpoint
 from quantlab.export.tensors import stored_dtype
 from quantlab.models.loading import Checkpoint, load_checkpoint
@@ -395,3 +397,46 @@ def test_places_that_must_not_be_replaced_are_refused(
             atomic.check_destination(tmp_path / name, overwrite=True)
     with pytest.raises(OutputError, match="must be writable"):
         atomic.check_destination(tmp_path / "file/out", overwrite=False)
+
+
+def test_scales_of_the_cache_are_no_tensors_that_were_kept(tmp_path: Path) -> None:
+    toy_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "in")
+    toy_tokenizer().save_pretrained(tmp_path / "in")
+    checkpoint = loaded(tmp_path / "in", dtype="bfloat16")
+    ids = torch.arange(64).reshape(4, 16)
+    export(checkpoint, tmp_path / "out", "w8kv8ts", calibrator=Calibrator(ids))
+    assert tensors_of(tmp_path / "out")["model.layers.0.self_attn.k_scale"].dtype == torch.float32
+    assert "which holds more" not in (tmp_path / "out/README.md").read_text()
+
+
+def test_what_gguf_cannot_hold_is_refused_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("transforms were reached")
+
+    monkeypatch.setattr(folder_module, "prepared", never)
+    scaled = loaded(save_checkpoint("llama", tmp_path / "scaled"))
+    scaled.model.config.hidden_act = "gelu"
+    other = loaded(save_checkpoint("llama", tmp_path / "other"))
+    other.model.model.extra = torch.nn.Linear(2, 2)
+    for checkpoint, message in ((scaled, "the activation silu"), (other, "has 'model.extra.weight'")):
+        with pytest.raises(SchemeError, match=message):
+            export_checkpoint(checkpoint, Scheme.parse("q8_0"), "gguf", tmp_path / "out")
+    fits = loaded(save_checkpoint("llama", tmp_path / "fits"))
+    with pytest.raises(AssertionError, match="transforms were reached"):
+        export_checkpoint(fits, Scheme.parse("q8_0"), "gguf", tmp_path / "out")
+
+
+def test_the_card_of_a_gguf_file_names_the_types_in_it(toy: Checkpoint, tmp_path: Path) -> None:
+    export_checkpoint(toy, Scheme.parse("q8_0"), "gguf", tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| scales | float16 |" in card and "| kept in F32 |" in card
+
+
+def test_a_gguf_file_of_linears_that_share_weights_is_refused(tmp_path: Path) -> None:
+    checkpoint = loaded(save_checkpoint("llama", tmp_path / "in"))
+    first, second = (layer.self_attn for layer in checkpoint.model.model.layers)
+    second.q_proj.weight = first.q_proj.weight
+    with pytest.raises(SchemeError, match=r"format gguf needs a weight of its own"):
+        export_checkpoint(checkpoint, Scheme.parse("q8_0"), "gguf", tmp_path / "out")

@@ -10,7 +10,7 @@ import yaml
 from quantlab.export.engines import Engine
 from quantlab.export.model_card import CardFacts, matching_scores, model_card
 from quantlab.records import Record
-from quantlab.schemes import Scheme
+from quantlab.schemes import WEIGHT_FORMATS, Scheme
 
 HASH = "5e" * 32
 SCHEME = Scheme.parse("w4g32")
@@ -144,8 +144,38 @@ def test_front_matter_names_the_source_and_how_it_was_made() -> None:
     front = front_matter(card_of())
     assert front["base_model"] == "toy/llama"
     assert front["base_model_relation"] == "quantized"
-    assert front["library_name"] == "transformers"
+    assert "library_name" not in front
+    here = (Engine("transformers", "here", "smaller"),)
+    assert front_matter(card_of(engines=here))["library_name"] == "transformers"
     assert {"compressed-tensors", "w4g32", "4-bit"} <= set(front["tags"])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "codes", "scales"),
+    [
+        ("w4g32", "round to nearest", "bfloat16"),
+        ("fp8", "the format fp8 itself", "bfloat16"),
+        ("nf4", "the format nf4 itself", "float32"),
+        ("q4_k", "the format q4_k itself", "float16 and small integers, as the type has them"),
+        ("w16", "nothing", "none"),
+    ],
+)
+def test_the_card_says_how_codes_and_scales_are_made(scheme: str, codes: str, scales: str) -> None:
+    card = card_of(scheme=Scheme.parse(scheme))
+    assert f"| codes chosen by | {codes} |" in card and f"| scales | {scales} |" in card
+
+
+def test_every_format_with_scales_of_its_own_is_measured_on_the_codes_of_the_folder() -> None:
+    for form in WEIGHT_FORMATS:
+        card = card_of(record({"hellaswag": HELLASWAG}, scheme=form), scheme=Scheme.parse(form))
+        rounded = form in ("fp8", "fp8e5m2")
+        assert ("on the codes and scales of this folder" in card) != rounded
+        assert ("| scales | bfloat16 |" in card) == rounded
+
+
+def test_what_keeps_its_precision_is_named_by_its_types() -> None:
+    assert "| kept in bfloat16 |" in card_of()
+    assert "| kept in F16 and F32 |" in card_of(kept_in="F16 and F32")
 
 
 def test_a_score_that_is_not_finite_is_shown_as_such() -> None:

@@ -277,7 +277,7 @@ def test_names_go_both_ways(family: str) -> None:
 def test_a_window_shortens_the_context_and_says_so(tmp_path: Path) -> None:
     file = write_toy(tmp_path, toy_model("mistral"), "q8_0")
     assert read_gguf(file.path).metadata["llama.context_length"] == 8
-    assert "looks back 8 tokens" in file.job.codes.notes["model.gguf"]
+    assert "looks back 8 tokens" in file.layout.notes[0]
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
