@@ -10,60 +10,71 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantlab.errors import CheckpointError, nearest
-from quantlab.inspection.gguf_header import GgufHeader, GgufTensor, read_gguf
-from quantlab.inspection.gguf_names import Stored, architecture_of, config_of, hf_name
+from quantlab.inspection.gguf_header import read_gguf
+from quantlab.inspection.gguf_names import architecture_of, config_of, hf_name
 from quantlab.reading.decoded import Decoded
-from quantlab.reading.gguf_blocks import KINDS, unpack
+from quantlab.reading.gguf_blocks import unpack
 
-__all__ = ["decode", "linears"]
+__all__ = ["GgufFile", "decode", "linears"]
+
+_FLOATS = ("F16", "BF16", "F32", "F64")
 
 
-def linears(path: Path) -> list[str]:
-    """Names in transformers of the matrices of decoder layers that are in low bits, sorted.
+class GgufFile:
+    """A GGUF file whose header was read and bounded, once.
 
     Raises:
         CheckpointError: the file is damaged, or of an architecture that has no names here.
     """
-    return sorted(_low_bits(path, read_gguf(path)))
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.header = path, read_gguf(path)
+        architecture = architecture_of(self.header, path)
+        self.names = {own: hf_name(own, architecture, path) for own in self.header.tensors}
+        """Name in the file -> name in transformers, and how its rows were changed."""
+        if len({name for name, _ in self.names.values()}) != len(self.names):
+            raise CheckpointError(
+                f"every tensor must have a place of its own: {path} holds two of one layer."
+            )
+        self.low_bits = {
+            self.names[own][0].removesuffix(".weight"): own
+            for own, tensor in self.header.tensors.items()
+            if own.startswith("blk.") and len(tensor.shape) == 2 and tensor.type.name not in _FLOATS
+        }
+        """Name in transformers -> name in the file, of every matrix of decoder layers that is in low bits."""
 
 
-def decode(path: Path, name: str) -> Decoded:
+def linears(file: GgufFile) -> list[str]:
+    """Names in transformers of the matrices of decoder layers that are in low bits, sorted."""
+    return sorted(file.low_bits)
+
+
+def decode(file: GgufFile, name: str) -> Decoded:
     """Codes and scales of one of them, [O, I] as the quantizer has it.
 
     Raises:
-        CheckpointError: as `linears`, there is no such matrix, or its blocks hold a scale that is not finite.
+        CheckpointError: there is no such matrix, its type is not read here, or its blocks hold a scale that is not
+            finite.
     """
-    header = read_gguf(path)
-    found = _low_bits(path, header)
-    if name not in found:
+    if name not in file.low_bits:
         raise CheckpointError(
-            f"matrix must be in low bits to be decoded: {path} has no {name!r}.{nearest(name, found)}"
+            f"matrix must be in low bits to be decoded: {file.path} has no {name!r}.{nearest(name, file.low_bits)}"
         )
-    own, stored = found[name]
-    tensor = header.tensors[own]
-    return unpack(tensor.type.name, _rows(path, header, own, tensor, stored))
+    own = file.low_bits[name]
+    return unpack(file.header.tensors[own].type.name, _rows(file, own))
 
 
-def _low_bits(path: Path, header: GgufHeader) -> dict[str, tuple[str, Stored | None]]:
-    """Name in transformers -> name in the file, and how its rows were changed."""
-    architecture, found = architecture_of(header, path), {}
-    for own, tensor in header.tensors.items():
-        if own.startswith("blk.") and len(tensor.shape) == 2 and tensor.type.name in KINDS:
-            name, stored = hf_name(own, architecture, path)
-            found[name.removesuffix(".weight")] = own, stored
-    return found
-
-
-def _rows(
-    path: Path, header: GgufHeader, own: str, tensor: GgufTensor, stored: Stored | None
-) -> NDArray[np.uint8]:
+def _rows(file: GgufFile, own: str) -> NDArray[np.uint8]:
     """Blocks of each row, [O, bytes]; rows of a head from (pair, half) back to (half, pair)."""
-    num_rows = tensor.shape[0]
+    tensor, (_, stored) = file.header.tensors[own], file.names[own]
+    path, num_rows = file.path, tensor.shape[0]
+    if num_rows == 0:
+        raise CheckpointError(f"a matrix in low bits must have rows: {own!r} of {path} has none.")
     rows = np.memmap(path, mode="r", dtype=np.uint8)[tensor.begin : tensor.end].reshape(num_rows, -1)
     # Matrices that go by "transposed" are [O, I] in the file, which is what codes are.
     if stored != "permuted":
         return np.array(rows)
-    config = config_of(header, path)
+    config = config_of(file.header, path)
     num_heads = config.get("num_attention_heads", 0)
     if ".attn_k." in own:
         num_heads = config.get("num_key_value_heads", num_heads)

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from quantlab.inspection.gguf_header import GgufTensor, read_gguf
-from quantlab.inspection.gguf_names import architecture_of, hf_name
+from quantlab.inspection.gguf_header import GgufTensor
+from quantlab.reading import gguf
 from quantlab.reading.decoded import Decoded
 from quantlab.reading.raw import RawFolder
 from quantlab.reading.readers import decoder_of
@@ -66,39 +65,33 @@ class _RawSource:
 
 class _GgufSource:
     def __init__(self, file: Path, skip: Sequence[str]) -> None:
-        self._file, self._skip = file, skip
-        self._decoder: Any = import_module("quantlab.reading.gguf")
+        self._file, self._skip = gguf.GgufFile(file), skip
 
     def linears(self) -> list[str]:
-        found: list[str] = self._decoder.linears(self._file)
         # What was skipped keeps the source's own blocks, where that is a GGUF file.
-        return [name for name in found if not any(fnmatchcase(name, pattern) for pattern in self._skip)]
+        return [
+            name
+            for name in gguf.linears(self._file)
+            if not any(fnmatchcase(name, pattern) for pattern in self._skip)
+        ]
 
     def decode(self, name: str) -> Decoded:
-        decoded: Decoded = self._decoder.decode(self._file, name)
-        return decoded
+        return gguf.decode(self._file, name)
 
     def num_bytes(self) -> int:
-        header = read_gguf(self._file)
-        architecture = architecture_of(header, self._file)
-        weights = {f"{linear}.weight" for linear in self.linears()}
-        return sum(
-            tensor.end - tensor.begin
-            for name, tensor in header.tensors.items()
-            if hf_name(name, architecture, self._file)[0] in weights
-        )
+        tensors = [self._file.header.tensors[self._file.low_bits[name]] for name in self.linears()]
+        return sum(tensor.end - tensor.begin for tensor in tensors)
 
     def rounded_inputs(self) -> dict[str, int]:
         # llama.cpp's `vec_dot_type`: K types are multiplied with blocks of 256, the others with blocks of 32.
-        header = read_gguf(self._file)
-        architecture = architecture_of(header, self._file)
+        tensors = self._file.header.tensors
         sizes = {
-            hf_name(name, architecture, self._file)[0].removesuffix(".weight"): _block(tensor)
-            for name, tensor in header.tensors.items()
+            self._file.names[own][0].removesuffix(".weight"): _block(tensor)
+            for own, tensor in tensors.items()
             if _block(tensor)
         }
-        embedding = header.tensors.get("token_embd.weight")
-        if embedding is not None and _block(embedding) and "output.weight" not in header.tensors:
+        embedding = tensors.get("token_embd.weight")
+        if embedding is not None and _block(embedding) and "output.weight" not in tensors:
             sizes["lm_head"] = _block(embedding)  # tied
         return sizes
 

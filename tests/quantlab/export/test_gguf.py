@@ -93,9 +93,9 @@ def test_decoder_finds_the_codes_that_the_quantizer_chose(
     written: Callable[[str, str], Any], family: str, scheme: str
 ) -> None:
     file = written(family, scheme)
-    assert decoder.linears(file.path) == sorted(file.job.linears)
+    assert decoder.linears(decoder.GgufFile(file.path)) == sorted(file.job.linears)
     for name in file.job.linears:
-        assert decoder.decode(file.path, name).digests() == file.job.codes.digests[name]
+        assert decoder.decode(decoder.GgufFile(file.path), name).digests() == file.job.codes.digests[name]
 
 
 @pytest.mark.parametrize(("family", "scheme"), EVERY)
@@ -239,7 +239,7 @@ def test_skipped_linears_keep_their_values(tmp_path: Path) -> None:
     config = QuantizeConfig(skip=("*.q_proj", "*.down_proj"))
     model = toy_model()
     path = write_toy(tmp_path, model, "q8_0", config).path
-    assert len(decoder.linears(path)) == 10
+    assert len(decoder.linears(decoder.GgufFile(path))) == 10
     state = load(path).model.state_dict()
     for name in ("model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"):
         assert torch.equal(state[name], model.state_dict()[name])
@@ -318,7 +318,7 @@ def test_formats_that_are_not_blocks_are_refused() -> None:
 
 def test_decoder_refuses_a_name_that_is_not_there(written: Callable[[str, str], Any]) -> None:
     with pytest.raises(CheckpointError, match=r"has no 'model.layers.0.mlp.up_prj'. Did you mean"):
-        decoder.decode(written("llama", "q4_0").path, "model.layers.0.mlp.up_prj")
+        decoder.decode(decoder.GgufFile(written("llama", "q4_0").path), "model.layers.0.mlp.up_prj")
 
 
 def test_decoder_refuses_heads_that_do_not_divide(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_decoder_refuses_heads_that_do_not_divide(tmp_path: Path) -> None:
     assert blob.count(key + struct.pack("<I", 4)) == 1
     path.write_bytes(blob.replace(key + struct.pack("<I", 4), key + struct.pack("<I", 7)))
     with pytest.raises(CheckpointError, match=r"heads must divide the rows of 'blk.0.attn_q.weight'"):
-        decoder.decode(path, "model.layers.0.self_attn.q_proj")
+        decoder.decode(decoder.GgufFile(path), "model.layers.0.self_attn.q_proj")
 
 
 def test_a_gguf_source_keeps_its_bytes(tmp_path: Path) -> None:
@@ -364,7 +364,7 @@ def test_floats_of_a_low_bit_source_are_floats(tmp_path: Path) -> None:
     )
     first = load(tmp_path / "first/model.gguf")
     summary = export_checkpoint(first, Scheme(), "gguf", tmp_path / "floats")
-    assert decoder.linears(summary.path / "model.gguf") == []
+    assert decoder.linears(decoder.GgufFile(summary.path / "model.gguf")) == []
     assert np.array_equal(logits(load(summary.path / "model.gguf").model), logits(first.model))
     assert summary.average_storage_bits == 32
 
