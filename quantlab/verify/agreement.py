@@ -8,6 +8,7 @@ arithmetic differ in the order of their sums alone.
 P probes, T tokens, V vocabulary, D hidden size, N documents.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -126,8 +127,8 @@ def gaps(answer: Answer, reference: Answer) -> dict[str, Gap]:
 
 
 def _within(gap: Gap, most: Gap) -> bool:
-    """False for what is no number, too."""
-    return gap.largest <= most.largest and gap.mean <= most.mean
+    """False for what is no number, and where our own model overflows in the arithmetic: that would allow anything."""
+    return gap.largest <= most.largest < math.inf and gap.mean <= most.mean
 
 
 def _gap(first_PTD: Sequence[Floats], second_PTD: Sequence[Floats]) -> Gap:
@@ -143,8 +144,10 @@ def _gap(first_PTD: Sequence[Floats], second_PTD: Sequence[Floats]) -> Gap:
 
 
 def _divergence(answer_PTV: Sequence[Floats], reference_PTV: Sequence[Floats]) -> float:
-    """Mean over tokens of sum_v p (log p - log q), p the reference's."""
+    """Mean over tokens of sum_v p (log p - log q), p the reference's; infinite where a logit is no finite number."""
     if [part.shape for part in answer_PTV] != [part.shape for part in reference_PTV]:
+        return float("inf")
+    if not all(np.isfinite(part).all() for part in (*answer_PTV, *reference_PTV)):
         return float("inf")
     totals = []
     for theirs, ours in zip(answer_PTV, reference_PTV, strict=True):

@@ -71,7 +71,7 @@ def ask(engine_file: Path, python: Path, folder: Path, request: Request, config:
         room = Path(name)
         request.save(room / "request.npz")
         files = [engine_file, folder.resolve(), room / "request.npz", room / "answer.npz"]
-        command = [str(python), str(WORKER), *map(str, files)]
+        command = [str(python.absolute()), str(WORKER), *map(str, files)]
         with (room / "log").open("wb") as log:
             process = subprocess.Popen(
                 command,
@@ -176,7 +176,8 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 def _why(code: int, log: Path, folder: Path) -> str:
     """How it ended and the last line that it wrote, without places of this machine."""
-    ended = f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"it ended with code {code}"
+    known = {each.value: each.name for each in signal.Signals}
+    ended = f"it was ended by {known.get(-code, -code)}" if code < 0 else f"it ended with code {code}"
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _LOG_BYTES))
         lines = file.read().decode("utf-8", errors="replace").strip().splitlines()

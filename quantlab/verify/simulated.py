@@ -47,6 +47,7 @@ def load_simulated(folder: Path, source: Source, arithmetic: str = "float32") ->
     if (folder / GGUF).exists():
         config = CheckpointConfig(path=str(folder / GGUF), device="cpu", dtype="float32")
         checkpoint = load_checkpoint(config)
+        _decode_(checkpoint.model, source)
         # Buffers stay as they are, as in a model that is loaded in the dtype: frequencies need float32.
         for parameter in checkpoint.model.parameters():
             parameter.data = parameter.data.to(getattr(torch, dtype))
@@ -57,6 +58,14 @@ def load_simulated(folder: Path, source: Source, arithmetic: str = "float32") ->
     if arithmetic == "unrounded":
         _leave_inputs_(checkpoint.model)
     return checkpoint
+
+
+def _decode_(model: nn.Module, source: Source) -> None:
+    """Give linears in low bits the weights that our decoder finds: gguf-py, which read them, is an engine's too."""
+    for name in source.linears():
+        weight = weight_of(model.get_submodule(name))
+        with torch.no_grad():
+            weight.copy_(torch.from_numpy(source.decode(name).real()))
 
 
 def reference_of(arithmetic: str) -> str:

@@ -71,6 +71,10 @@ def _examined(
     try:
         source = source_of(folder, _skipped(recipe))
         codes = check_codes(source, manifest["tensors"], advance, whole_zeros=scheme.method != "hqq")
+        if not codes.num_linears and not scheme.is_baseline:
+            raise CheckpointError(
+                f"a folder of {scheme.name} must hold linears in low bits: {folder} has none."
+            )
         size = check_size(folder, source, codes.num_weights, recipe)
         # Engines are not shown a folder that is known to be wrong.
         if not codes.failures() and not size.failures():

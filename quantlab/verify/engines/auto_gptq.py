@@ -1,4 +1,4 @@
-"""auto-gptq 0.7.1: v1 folders of gptq on a CPU, in an environment of its own (`make readers`). Stand-alone, no quantlab.
+"""auto-gptq 0.7.1: v1 folders of gptq on a CPU, in an environment of its own (`make readers`). Stand-alone.
 
 Its last release: without a GPU it only infers, on dequantized weights, and in float32, since its float16 is for GPUs.
 """

@@ -118,6 +118,14 @@ def test_gaps_are_allowed_twice_those_of_our_own_model_in_that_arithmetic() -> N
     assert found.divergence == 0.0 and found.agrees is False
 
 
+def test_a_model_of_ours_that_overflows_allows_nothing() -> None:
+    reference, plain = answer(ZEROS), answer(ZEROS, float("inf"))
+    for logits in (1.0, float("inf")):
+        found = compare(answer(ZEROS, logits), "float16", reference, reference, plain, request())
+        assert found.beyond == ("logits",), logits
+    assert found.divergence == float("inf")
+
+
 def test_flips_are_told_per_score_with_margins_of_the_right_ending() -> None:
     ours = answer([-2.0, -3.0, -9.0, -9.0, *ZEROS[:4]])
     theirs = answer([-3.5, -3.0, -9.0, -9.0, *ZEROS[:4]])

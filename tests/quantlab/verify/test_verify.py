@@ -129,6 +129,18 @@ def test_a_change_under_a_new_seal_is_named_and_certified_as_failed(
     assert row(certificate).state == "not run"
 
 
+def test_a_folder_without_low_bits_is_not_verified(low_bit_folder: Path, tmp_path: Path) -> None:
+    def drop_all(tensors: Tensors) -> None:
+        for name in [name for name in tensors if ".weight_" in name]:
+            del tensors[name]
+
+    folder = sealed(tampered(low_bit_folder, tmp_path / "bad", drop_all), {})
+    with pytest.raises(
+        VerificationError, match="a folder of w4g32 must hold linears in low bits: bad has none"
+    ):
+        verify(folder, CONFIG).check()
+
+
 def test_bits_on_disk_are_those_of_the_recipe(folder: Path) -> None:
     bits = json.loads((folder / "recipe.json").read_text())["average_storage_bits"]
     # One byte of 61,440 weights' codes.
