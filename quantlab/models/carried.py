@@ -18,7 +18,7 @@ from torch import Tensor
 from quantlab.calibration.statistics import AttentionStats, Ranges
 from quantlab.errors import CheckpointError, SchemeError
 from quantlab.inspection.checkpoint import is_of
-from quantlab.inspection.compressed import carried_scheme
+from quantlab.inspection.compressed import carried_scheme, source_of_quantized
 from quantlab.inspection.folder import read_object
 from quantlab.methods.solved import Quantized
 from quantlab.numerics.affine import QuantizedTensor
@@ -187,8 +187,10 @@ def read_carried(raw: RawFolder) -> Carried:
     method = str(raw.quantization.get("quant_method", "quanto"))
     decoder = decoder_of(raw)
     if method != "quantlab":
-        names = decoder.linears(raw)
-        return Carried(raw, method, _recipe_scheme(raw), dict(zip(names, names, strict=True)))
+        names, scheme = decoder.linears(raw), _recipe_scheme(raw)
+        if scheme is None and method == "compressed-tensors":
+            source_of_quantized(raw.quantization, raw.path)  # refuses what it says beyond weights
+        return Carried(raw, method, scheme, dict(zip(names, names, strict=True)))
     entries = quantlab_format.described(raw)
     owners = {name: _owner(entry) for name, entry in entries.items()}
     return Carried(raw, method, carried_scheme(raw.quantization, raw.path), owners, entries)

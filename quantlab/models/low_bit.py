@@ -198,7 +198,13 @@ def _tensor(raw: RawFolder, name: str) -> Tensor:
     array, dtype = raw.array(name), raw.tensors[name].dtype
     with warnings.catch_warnings():
         values = torch.from_numpy(np.array(array))
-    others = {"BF16": torch.bfloat16, "BOOL": torch.bool}
+    others = {
+        "BF16": torch.bfloat16,
+        "BOOL": torch.bool,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "F8_E8M0": torch.float8_e8m0fnu,
+    }
     return values.view(others[dtype]) if dtype in others else values
 
 

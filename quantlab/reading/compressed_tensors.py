@@ -49,8 +49,11 @@ def decode(raw: RawFolder, name: str) -> Decoded:
             f"compressed-tensors is read as pack-quantized, int-quantized or float-quantized: {raw.path} is {kind!r} "
             f"of {bits} bits."
         )
-    if codes.ndim != 2 or f"{name}.weight_zero_point" in raw.tensors:
-        raise CheckpointError(f"linear must be a symmetric matrix: {name!r} of {raw.path} is not.")
+    beside = (f"{name}.{leaf}" for leaf in ("weight_zero_point", "weight_g_idx", "weight_global_scale"))
+    if codes.ndim != 2 or any(leaf in raw.tensors for leaf in beside):
+        raise CheckpointError(
+            f"linear must be a symmetric matrix with neighbours in its groups: {name!r} of {raw.path} is not."
+        )
     table = _e4m3() if kind == "float-quantized" else None
     return Decoded(np.asarray(codes), bits, _scale(raw, name, codes.shape), table=table)
 

@@ -349,3 +349,13 @@ def test_scores_of_a_folder_are_those_of_its_scheme(source: Callable[..., Path],
     assert here["hellaswag"]["sharing"] == there["hellaswag"]["sharing"] == "none"
     with pytest.raises(SchemeError, match="carries w8a8l6t, and w8 was asked for"):
         scored(loaded(tmp_path / "out"), "w8")
+
+
+def test_what_a_folder_without_a_recipe_does_to_inputs_is_not_left_out(
+    source: Callable[..., Path], tmp_path: Path
+) -> None:
+    for scheme in ("w8a8", "w8kv8ts"):
+        export(loaded(source("llama")), scheme, tmp_path / scheme, "compressed-tensors")
+        (tmp_path / scheme / "recipe.json").unlink()
+        with pytest.raises(CheckpointError, match="quantizes activations or the cache too"):
+            load_low_bit(tmp_path / scheme, device="cpu")

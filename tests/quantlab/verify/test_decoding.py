@@ -36,6 +36,7 @@ def test_digests_are_those_of_the_manifest(scheme: str, toy_folder: Path, tmp_pa
         ("weight_scale", np.zeros((95, 2), np.float32), "scales must be one a row or one a group"),
         ("weight_scale", np.zeros((96, 2), np.int8), "a tensor of floats was expected"),
         ("weight_zero_point", np.zeros((96, 2), np.int8), "must be a symmetric matrix"),
+        ("weight_g_idx", np.zeros(64, np.int32), "must be a symmetric matrix with neighbours in its groups"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(
