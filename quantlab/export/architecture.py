@@ -4,6 +4,7 @@ The conversion is exact but for the rounding of gains that are folded into o_pro
 the logits of both on real text. What has no such twin leaves in quantlab's own format.
 """
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,7 @@ def _converted(model: PreTrainedModel, variant: str | None, format_name: str) ->
     missing, unexpected = twin.load_state_dict(moved, strict=False)
     assert set(missing) <= {"lm_head.weight"} and not unexpected, f"{missing}, {unexpected}"
     twin.tie_weights()
+    twin.generation_config = deepcopy(model.generation_config)
     return twin.to(model.device).eval().requires_grad_(False)
 
 

@@ -114,8 +114,8 @@ def export_checkpoint(
     if hasattr(module, "check"):
         module.check(known)
     if calibrator is not None and converted:
-        # Statistics on disk are of the model as it was.
-        calibrator = replace(calibrator, folder=None)
+        # Statistics that are known already are of the model as it was.
+        calibrator = replace(calibrator, folder=None, _known={})
     scale_dtype: torch.dtype = getattr(torch, form.scale_dtype) if form.scale_dtype else dtype
     with prepared(model, scheme, config, scale_dtype=scale_dtype, calibrator=calibrator) as found:
         ready = replace(found, notes=(*converted, *found.notes))

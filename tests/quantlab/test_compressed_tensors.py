@@ -200,6 +200,13 @@ def test_variants_leave_as_what_transformers_has(folders: Path, ids: Tensor, var
     assert (ours(twin, "w16", ids) - sixteen).abs().max() < 1e-4 * sixteen.abs().max()
 
 
+def test_a_twin_generates_as_the_checkpoint_says(folders: Path) -> None:
+    checkpoint = loaded(folders / "diff_v1")
+    checkpoint.model.generation_config.eos_token_id = [3, 5]
+    twin, _ = known_to_engines(checkpoint, "compressed-tensors")
+    assert twin.model.generation_config.eos_token_id == [3, 5]
+
+
 def test_a_variant_without_a_twin_is_sent_to_our_own_format(tmp_path: Path) -> None:
     checkpoint = loaded(save_ours("diff_v2", tmp_path / "in"))
     with pytest.raises(SchemeError, match=r"diff_v2 has no exact twin.*Use --format quantlab"):
