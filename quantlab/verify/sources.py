@@ -1,10 +1,12 @@
 """Where the codes of a folder are, whatever its format: names of its linears, their codes, their bytes. No torch."""
 
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Protocol
 
+from quantlab.errors import CheckpointError
 from quantlab.inspection.gguf_header import GgufTensor
 from quantlab.reading import gguf
 from quantlab.reading.decoded import Decoded
@@ -38,6 +40,12 @@ class _RawSource:
     def __init__(self, folder: Path) -> None:
         self._raw = RawFolder(folder)
         self._decoder = decoder_of(self._raw)
+        for key in ("attn_implementation", "_attn_implementation"):
+            # quantlab names its own when it loads; engines do as the config says.
+            if not re.fullmatch(r"\w{0,40}", str(self._raw.config.get(key, ""))):
+                raise CheckpointError(
+                    f"config.json must not set {key!r} to what engines fetch and run: that of {folder} does."
+                )
 
     def linears(self) -> list[str]:
         """Names of the linears in low bits."""

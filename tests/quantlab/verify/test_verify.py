@@ -141,6 +141,14 @@ def test_a_folder_without_low_bits_is_not_verified(low_bit_folder: Path, tmp_pat
         verify(folder, CONFIG).check()
 
 
+def test_no_engine_is_shown_a_config_that_names_attention_to_fetch(folder: Path) -> None:
+    changed_json(folder / "config.json", _attn_implementation="someone/kernel")
+    certificate = verify(sealed(folder), CONFIG)
+    with pytest.raises(VerificationError, match="must not set '_attn_implementation' to what engines fetch"):
+        certificate.check()
+    assert row(certificate).state == "not run"
+
+
 def test_bits_on_disk_are_those_of_the_recipe(folder: Path) -> None:
     bits = json.loads((folder / "recipe.json").read_text())["average_storage_bits"]
     # One byte of 61,440 weights' codes.
