@@ -88,6 +88,10 @@ def check(config: RunConfig) -> tuple[list[CheckpointInfo], dict[str, str], int 
             _check_scheme(Scheme.parse(name), config.quantize, info)
     if config.export is not None:
         find_format(config.export.format).check(Scheme.parse(config.export.scheme))
+        if config.export.format == "gguf" and "max_shard_size" in config.export.model_fields_set:
+            raise ConfigError(
+                "a GGUF file is written whole: leave max_shard_size out, or choose another format."
+            )
         overwrite = config.export.overwrite or config.export.out is None
         check_destination(export_folder(config), overwrite=overwrite, sources=[infos[config.exported].path])
     return infos, *_check_data(config)

@@ -80,3 +80,11 @@ def test_a_checkpoint_that_changed_is_not_what_was_scored(
     finally:
         config.write_text(before)
     assert "must be what was scored" in capsys.readouterr().err
+
+
+def test_shards_are_refused_where_a_format_is_one_file(
+    swept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--format", "gguf", "--max-shard-size", "1000000", "-o", swept / "none"]
+    assert run("quantize", swept / "llama", "--scheme", "q8_0", *options) == 2
+    assert "a GGUF file is written whole" in capsys.readouterr().err
