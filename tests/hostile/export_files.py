@@ -364,8 +364,8 @@ RECIPES = [
 ]  # fmt: skip
 
 GOOD = [
-    Case("ours opened: as it is", "B13", lambda it: None, "", base=OURS, loads=True, tools=()),
-    Case("tables opened: as it is", "B13", lambda it: None, "", base=TABLES, loads=True, tools=()),
+    Case("ours opened: as it is", "B13", lambda it: None, "", base=OURS, loads=True, verb="evaluate", tools=()),
+    Case("tables opened: as it is", "B13", lambda it: None, "", base=TABLES, loads=True, verb="evaluate", tools=()),
     Case("blocks opened: as it is", "B13", lambda it: None, "", base=BLOCKS, loads=True, verb="evaluate", tools=()),
 ]  # fmt: skip
 
