@@ -16,7 +16,7 @@ from typing import Any, Literal
 from quantlab.config import CheckpointConfig
 from quantlab.errors import CheckpointError
 from quantlab.inspection.architectures import OURS, check_config, check_sizes, sizes_of
-from quantlab.inspection.compressed import unpacked
+from quantlab.inspection.compressed import CACHE_SCALES, unpacked
 from quantlab.inspection.families import family_of
 from quantlab.inspection.folder import PICKLES, Folder, open_folder, refused_pickle
 from quantlab.inspection.gguf_header import read_gguf
@@ -119,7 +119,7 @@ def inspect_low_bit(path: Path, linears: Collection[str], source: str) -> Checkp
     tensors = {
         name: (tensor.dtype, tensor.shape)
         for name, tensor in folder.tensors.items()
-        if not is_of(name, linears) or name.endswith(".bias")
+        if (not is_of(name, linears) or name.endswith(".bias")) and not name.endswith(CACHE_SCALES)
     }
     name = path.resolve().name
     return _info(

@@ -16,6 +16,8 @@ from quantlab.schemes import Scheme
 
 _BESIDE = (".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx", ".weight_global_scale")
 """Tensors that describe a quantized weight."""
+CACHE_SCALES = (".k_scale", ".v_scale")
+"""Tensors that describe a quantized cache."""
 
 
 def source_of_quantized(quantization: Any, path: Path) -> tuple[str, str | None]:

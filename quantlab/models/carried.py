@@ -18,7 +18,7 @@ from torch import Tensor
 from quantlab.calibration.statistics import AttentionStats, Ranges
 from quantlab.errors import CheckpointError, SchemeError
 from quantlab.inspection.checkpoint import is_of
-from quantlab.inspection.compressed import carried_scheme, source_of_quantized
+from quantlab.inspection.compressed import CACHE_SCALES, carried_scheme, source_of_quantized
 from quantlab.inspection.folder import read_object
 from quantlab.methods.solved import Quantized
 from quantlab.numerics.affine import QuantizedTensor
@@ -72,6 +72,8 @@ class Carried:
         found = {f"{name}.{leaf}" for name in self.entries for leaf in LEAVES}
         if self.method != "quantlab":
             found |= {name for name in self.raw.tensors if is_of(name, low) and not name.endswith(".bias")}
+        if self.method == "compressed-tensors" and self.scheme is not None and self.scheme.cache is not None:
+            found |= {name for name in self.raw.tensors if name.endswith(CACHE_SCALES)}
         return frozenset(found)
 
     def weights_of(
@@ -157,6 +159,8 @@ class Carried:
         return {layer: self._of_layer(layer, sites) for layer in layers} if sites else {}
 
     def _of_layer(self, layer: str, sites: set[str]) -> AttentionStats:
+        if self.method == "compressed-tensors":
+            return self._of_cache(layer)
         nothing = Ranges(torch.zeros(1, 1), torch.zeros(1, 1))
         found = {"attn_query": nothing, "attn_key": nothing, "attn_value": nothing}
         for site in sites:
@@ -176,6 +180,14 @@ class Carried:
                 )
             found[site] = Ranges(*_range(ends[0], ends[1], f"{site} of {layer}", self.raw))
         return AttentionStats(found["attn_query"], found["attn_key"], found["attn_value"])
+
+    def _of_cache(self, layer: str) -> AttentionStats:
+        """A layer's ranges from the scales of its cache: what 127 steps span."""
+        found = {}
+        for kind in ("k", "v"):
+            end = 127 * self.raw.floats(f"{layer}.{kind}_scale", (1,)).reshape(1, 1)
+            found[kind] = Ranges(*_range(-end, end, f"{kind}_scale of {layer}", self.raw))
+        return AttentionStats(found["k"], found["k"], found["v"])
 
 
 def read_carried(raw: RawFolder) -> Carried:

@@ -55,7 +55,7 @@ def arithmetic_of(engine: str, format_name: str, scheme: Scheme) -> str:
     """What an engine computes in, where its file does not say so itself: one of `simulated.ARITHMETICS`."""
     if engine == "llama_cpp":
         return "q8"
-    if scheme.activations is not None or scheme.format == "llm_int8":
+    if scheme.rounds_values:
         return "inputs"
     # gptqmodel's kernels for CPUs are of 16 bits, whatever a model is loaded in.
     if engine == "gptqmodel" or (engine == "transformers" and format_name in _THROUGH):

@@ -205,6 +205,7 @@ FOLDERS = [
     ("compressed-tensors", "w6g32"),
     ("compressed-tensors", "w8a8"),
     ("compressed-tensors", "fp8"),
+    ("compressed-tensors", "w8kv8ts"),
     ("gptq", "w3g32z"),
     ("awq", "w4g32z"),
     ("bitsandbytes", "nf4"),
