@@ -87,7 +87,7 @@ def _scales(raw: RawFolder, name: str, state: Mapping[str, Any], count: int) -> 
     absmax = raw.array(f"{name}.weight.nested_absmax", "F32", (-(-count // size),))
     with np.errstate(all="ignore"):  # what is not finite shows in the scales
         units: NDArray[np.float32] = table[codes] * absmax[np.arange(count) // size]
-    return units + np.float32(number)
+    return units + np.float32(float(number))
 
 
 def _state(raw: RawFolder, name: str) -> Mapping[str, Any]:

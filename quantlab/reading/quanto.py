@@ -139,7 +139,7 @@ def _bits(raw: RawFolder, name: str) -> int:
     kind, activations = (
         (entry.get("weights"), entry.get("activations")) if isinstance(entry, dict) else (None, None)
     )
-    if kind not in _BITS or activations != "none":
+    if not isinstance(kind, str) or kind not in _BITS or activations != "none":
         raise CheckpointError(
             f"quanto is read as qint8, qint4 or qint2 of weights alone: {QMAP} of {raw.path} has {entry!r:.100} for "
             f"{name!r}."

@@ -153,6 +153,7 @@ class Certificate:
         return [
             ("files", f"{self.num_files} as MANIFEST.json lists them"),
             ("codes", _codes_text(self.codes)),
+            *([("stored as", _types_text(self.codes))] if self.codes.stored_as else []),
             ("zero points", _zeros_text(self.codes)),
             ("size", _size_text(self.size)),
             ("certifies", self.content),
@@ -220,6 +221,12 @@ def _codes_text(codes: CodesReport) -> str:
     wrong = {*codes.wrong_codes, *codes.wrong_scales}
     right = f"{codes.num_linears - len(wrong)} of {codes.num_linears} linears"
     return f"{right} bit for bit as chosen, {codes.num_weights:,} weights"
+
+
+def _types_text(codes: CodesReport) -> str:
+    """`Q5_0 in 180 linears, Q4_K in 30`; the names are in certificate.json."""
+    counts = sorted(((len(names), kind) for kind, names in codes.stored_as.items()), reverse=True)
+    return ", ".join(f"{kind} in {count} linears" for count, kind in counts)
 
 
 def _zeros_text(codes: CodesReport) -> str:

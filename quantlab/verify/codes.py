@@ -27,6 +27,8 @@ class CodesReport:
     """Stored zero points."""
     zeros_at_0: int = 0
     zeros_at_max: int = 0
+    stored_as: dict[str, list[str]] = field(default_factory=dict)
+    """Type -> linears, where a format has several: which matrices took GGUF's fallback types."""
     wrong_codes: list[str] = field(default_factory=list)
     """Linears whose codes are not those that were chosen."""
     wrong_scales: list[str] = field(default_factory=list)
@@ -77,6 +79,8 @@ def check_codes(
         decoded = source.decode(name)
         report.num_linears += 1
         report.num_weights += decoded.codes_OI.size
+        if kind := source.stored_as(name):
+            report.stored_as.setdefault(kind, []).append(name)
         _check_values(report, name, decoded, whole_zeros)
         found = decoded.digests()
         expected = chosen.get(name, found)

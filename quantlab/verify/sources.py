@@ -27,6 +27,9 @@ class Source(Protocol):
     def decode(self, name: str) -> Decoded:
         """Codes and scales of one of them."""
 
+    def stored_as(self, name: str) -> str:
+        """The type that a linear is stored in, where a format has several: `Q5_0`; else empty."""
+
     def num_bytes(self) -> int:
         """Bytes of the tensors that stand for weights in low bits."""
 
@@ -54,6 +57,10 @@ class _RawSource:
     def decode(self, name: str) -> Decoded:
         """Codes and scales of one of them."""
         return self._decoder.decode(self._raw, name)
+
+    def stored_as(self, name: str) -> str:
+        """Empty: every linear is stored alike."""
+        return ""
 
     def num_bytes(self) -> int:
         """Bytes of the tensors that stand for weights in low bits."""
@@ -85,6 +92,9 @@ class _GgufSource:
 
     def decode(self, name: str) -> Decoded:
         return gguf.decode(self._file, name)
+
+    def stored_as(self, name: str) -> str:
+        return self._file.header.tensors[self._file.low_bits[name]].type.name
 
     def num_bytes(self) -> int:
         tensors = [self._file.header.tensors[self._file.low_bits[name]] for name in self.linears()]

@@ -15,16 +15,19 @@ from tests.toys import toy_model, toy_tokenizer
 
 
 class Given:
-    """A folder of one linear."""
+    """A folder of these linears."""
 
-    def __init__(self, decoded: Decoded) -> None:
+    def __init__(self, decoded: dict[str, Decoded]) -> None:
         self.decoded = decoded
 
     def linears(self) -> list[str]:
-        return ["up"]
+        return list(self.decoded)
 
     def decode(self, name: str) -> Decoded:
-        return self.decoded
+        return self.decoded[name]
+
+    def stored_as(self, name: str) -> str:
+        return "" if name == "up" else f"Q{self.decoded[name].bits}"
 
     def num_bytes(self) -> int:
         return 0
@@ -34,7 +37,9 @@ class Given:
 
 
 def report_of(decoded: Decoded, *, whole_zeros: bool = True) -> CodesReport:
-    return check_codes(Given(decoded), {"up": decoded.digests()}, lambda count: None, whole_zeros=whole_zeros)
+    return check_codes(
+        Given({"up": decoded}), {"up": decoded.digests()}, lambda count: None, whole_zeros=whole_zeros
+    )
 
 
 def matrix(zero: float = 7.0, code: int = 3, scale: float = 0.5) -> Decoded:
@@ -90,3 +95,17 @@ def test_zero_points_at_the_ends_are_read_as_they_were_chosen(
     assert not report.failures() and report.num_linears == 14
     # Two or three groups in each of these rows.
     assert report.zeros_at_0 >= 28 and report.zeros_at_max >= 28
+
+
+def test_types_that_linears_took_are_listed() -> None:
+    """A format with several types says which linear has which."""
+    given = {"wide": 4, "narrow": 8, "also": 8}
+    tensors = {
+        name: Decoded(np.zeros((1, 32), np.uint8), bits, np.ones((1, 1), np.float32))
+        for name, bits in given.items()
+    }
+    report = check_codes(
+        Given(tensors), {name: each.digests() for name, each in tensors.items()}, lambda count: None
+    )
+    assert report.stored_as == {"Q4": ["wide"], "Q8": ["narrow", "also"]}
+    assert not report.failures()
