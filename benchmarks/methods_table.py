@@ -6,15 +6,21 @@
 
 Perplexity with its 95% interval; the change of nats per token from 16 bits, paired by block; HellaSwag's acc_norm with
 its interval, and the change of the margin between the right ending and the best wrong one, paired by document. A task
-that a scheme has no record of stays empty.
+that a scheme has no record of stays empty. Every record of a folder counts, also those of an earlier plan of the run.
 """
 
 import argparse
 from pathlib import Path
 
 from quantlab import statistics
-from quantlab.records import Record, read_items, read_records
+from quantlab.config import load_config
+from quantlab.records import Record, read_items, read_record
 
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "methods"
+SCHEMES = [
+    "w16",
+    *(name for file in ("weights", "activations") for name in load_config(CONFIGS / f"{file}.yaml").schemes),
+]
 HEAD = (
     "| scheme | bits a weight | perplexity | nats a token over 16-bit | acc_norm % | change of margin |\n"
     "|---|---|---|---|---|---|"
@@ -31,15 +37,20 @@ def main() -> None:
     )
     found: dict[str, dict[str, tuple[Path, Record]]] = {}
     for folder in parser.parse_args().runs:
-        for record in read_records(folder):
+        for record in map(read_record, sorted((folder / "records").glob("*.json"))):
             for task in ("perplexity", "hellaswag"):
                 if task in record.result:
                     found.setdefault(str(record.made_by["scheme"]), {})[task] = (folder, record)
     counts = {task: {entry[task][1].result[task]["n"] for entry in found.values() if task in entry}
               for task in ("perplexity", "hellaswag")}  # fmt: skip
     print(f"n: {counts}\n\n{HEAD}")  # noqa: T201
-    for scheme, entry in found.items():
-        print(_row(scheme, entry, found["w16"]))  # noqa: T201
+    for scheme in sorted(found, key=_place):
+        print(_row(scheme, found[scheme], found["w16"]))  # noqa: T201
+
+
+def _place(scheme: str) -> tuple[int, str]:
+    """The order of the two configurations, weights first; others behind."""
+    return (SCHEMES.index(scheme) if scheme in SCHEMES else len(SCHEMES), scheme)
 
 
 def _row(scheme: str, entry: dict[str, tuple[Path, Record]], base: dict[str, tuple[Path, Record]]) -> str:
