@@ -21,7 +21,7 @@ from tests.toys import FAMILIES, NUM_TOKENS, save_checkpoint, toy_model
 
 INSPECT = """
 import sys, time
-start = time.perf_counter()
+start = time.process_time()
 from quantlab.config import CheckpointConfig
 from quantlab.errors import CheckpointError
 from quantlab.inspection.checkpoint import content_hash, inspect_checkpoint
@@ -30,7 +30,7 @@ for path in sys.argv[1:]:
         content_hash(inspect_checkpoint(CheckpointConfig(path=path)))
     except CheckpointError as error:
         print(error)
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 assert not {"torch", "transformers", "safetensors", "huggingface_hub"} & sys.modules.keys(), "heavy import"
 """
 
