@@ -7,7 +7,7 @@ share is found in the first of them, and shows every call.
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from probes.sites import attention_layers, decoder_layers, decoder_stack
 
@@ -68,11 +68,14 @@ def layer_of_attention(model: nn.Module) -> dict[str, int]:
     }
 
 
-def decoder_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The matrices of the decoder layers: every two-dimensional `weight`, with the name of its module."""
+def decoder_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The matrices of the decoder layers: every two-dimensional `weight`, with the name of its module.
+
+    Also of modules that hold codes and give the real matrix when it is asked for.
+    """
     named = {name for name, _ in model.named_modules()}
     for prefix, layer in decoder_layers(model):
         for name, module in layer.named_modules(prefix=prefix):
             weight = getattr(module, "weight", None)
-            if isinstance(weight, nn.Parameter) and weight.ndim == 2 and name in named:
+            if isinstance(weight, Tensor) and weight.ndim == 2 and name in named:
                 yield name, weight

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from probes.profile import profile
 from quantlab import pipeline
 from quantlab.calibration.calibrator import Calibrator
 from quantlab.config import CheckpointConfig, QuantizeConfig, RunConfig
@@ -360,3 +361,18 @@ def test_what_a_folder_without_a_recipe_does_to_inputs_is_not_left_out(
         (tmp_path / scheme / "recipe.json").unlink()
         with pytest.raises(CheckpointError, match="quantizes activations or the cache too"):
             load_low_bit(tmp_path / scheme, device="cpu")
+
+
+def test_a_folder_of_ours_is_profiled(source: Callable[..., Path], tmp_path: Path) -> None:
+    """Its weights are the real ones that its codes stand for."""
+    checkpoint = loaded(source("llama"))
+    export(checkpoint, "w8g32", tmp_path / "out")
+    ids = torch.arange(1, 33).reshape(1, 32)
+    names = ["weight_incoherence"]
+    ours, theirs = (
+        profile(each.model, ids, statistics=names).measures["weight_incoherence"]
+        for each in (load_low_bit(tmp_path / "out", device="cpu"), checkpoint)
+    )
+    # Rounding moves a weight by half a step at most: 1/254 of the largest of its group.
+    assert ours["largest_tensor"] == theirs["largest_tensor"]
+    assert ours["max"] == pytest.approx(theirs["max"], rel=0.02)
