@@ -39,8 +39,11 @@ FOLDERS = [
     (DIFF_V1, "quantlab", ("w4g64-gptq", "w6")),
     (DIFF_V2, "quantlab", ("w4g64-gptq", "w6")),
 ]
-HEAD = """| model | format | scheme | MB of weights | bits a weight | codes exact | engine | largest logit gap | HellaSwag, same answers |
-|---|---|---|---|---|---|---|---|---|"""
+COLUMNS = (
+    *("model", "format", "scheme", "MB of weights", "bits a weight", "codes exact"),
+    *("engine", "largest logit gap", "HellaSwag, same answers"),
+)
+HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
 def main() -> None:

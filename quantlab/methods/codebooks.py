@@ -11,9 +11,9 @@ nf4_dq and fp4_dq quantize the scales too (double quantization), blocks of 256 s
     code = place of round((u + 1) 65535 / 2) in 8-bit dynamic table, u = (scale - offset) / absmax
     scale that is used = table[code] * absmax + offset
 
-The rounding to 65536 steps is how bitsandbytes looks codes up on a CPU, so these are bit for bit its own, given the same
-number of threads (the mean is a sum of parts); a search of the table itself, as a GPU may do it, would give about one
-scale in 700 the neighbouring code. Codes of weights are chosen from the scale before it was quantized.
+The rounding to 65536 steps is how bitsandbytes looks codes up on a CPU, so these are bit for bit its own, given the
+same number of threads (the mean is a sum of parts); a search of the table itself, as a GPU may do it, would give about
+one scale in 700 the neighbouring code. Codes of weights are chosen from the scale before it was quantized.
 
 Source: Dettmers et al. 2023, arXiv:2305.14314, section 3. O outputs, I inputs, G = I / 64.
 """

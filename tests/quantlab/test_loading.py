@@ -195,7 +195,9 @@ def test_a_stored_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="must be stored once, or twice and equal: .* tie_word_embeddings"):
+    with pytest.raises(
+        CheckpointError, match=r"must be stored once, or twice and equal: .* tie_word_embeddings"
+    ):
         loaded(folder)
 
 
