@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantlab.calibration.calibrator import Calibrator
-from quantlab.config import QuantizeConfig
 from quantlab.errors import CheckpointError, SchemeError
 from quantlab.export import gptq
-from quantlab.export.codes import Codes, as_decoded
+from quantlab.export.codes import Codes
 from quantlab.export.engines import of_gptq
-from quantlab.export.folder import export_checkpoint
 from quantlab.export.formats import find_format
 from quantlab.export.gptq import layout, pack_words
 from quantlab.export.job import ExportJob
 from quantlab.quantize import prepared
 from quantlab.reading import gptq as decoder
-from quantlab.reading.decoded import Decoded
 from quantlab.reading.raw import RawFolder
 from quantlab.schemes import Scheme
+from tests.quantlab.export import half_folders
+from tests.quantlab.export.half_folders import chosen_codes
 from tests.quantlab.export.reader_runs import answers, assert_close, dense_logits, needs_reader
 from tests.quantlab.export.toy_folders import assert_decoded, loaded, save_toy
 
@@ -47,16 +46,7 @@ CASES = [
 NAME = "model.layers.1.self_attn.k_proj"
 
 
-def calibrator(scheme: Scheme) -> Calibrator | None:
-    ids = torch.randint(1, 512, (4, 48), generator=torch.Generator().manual_seed(3))
-    return Calibrator(ids) if scheme.needs else None
-
-
-def export(source: Path, name: str, folder: Path, skip: tuple[str, ...] = ()) -> Path:
-    scheme = Scheme.parse(name)
-    config = QuantizeConfig(skip=skip)
-    export_checkpoint(loaded(source), scheme, "gptq", folder, config=config, calibrator=calibrator(scheme))
-    return folder
+export = partial(half_folders.export, "gptq")
 
 
 def save_extremes(folder: Path) -> Path:
@@ -100,14 +90,6 @@ def job_of(source: Path, name: str) -> Iterator[ExportJob]:
             lambda count: None,
             ready,
         )
-
-
-def chosen_codes(source: Path, name: str) -> dict[str, Decoded]:
-    """What our quantizer chooses with float16 scales, by linear."""
-    checkpoint, scheme = loaded(source), Scheme.parse(name)
-    text = calibrator(scheme)
-    with prepared(checkpoint.model, scheme, scale_dtype=torch.float16, calibrator=text) as ready:
-        return {name: as_decoded(ready.solve(name).quantized) for name in ready.linears}
 
 
 def config_of(folder: Path) -> dict[str, Any]:
