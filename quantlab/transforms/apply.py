@@ -40,7 +40,7 @@ MAKERS: dict[str, Maker] = {
         parts=config.rotate_parts,
         bits=config.spin_bits,
         num_steps=config.spin_steps,
-        num_vectors=config.spin_vectors,
+        batch_size=config.spin_batch_size,
         learning_rate=config.spin_learning_rate,
     ),
 }

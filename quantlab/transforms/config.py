@@ -20,15 +20,15 @@ class TransformConfig(Section):
     rotate_seed: int = Field(0, ge=0)
     """Seed of the rotations' random signs."""
     spin_bits: int = Field(4, ge=2, le=8)
-    """Width whose rounding error the learned rotation lowers."""
+    """Width of inputs and weights in the rounded model whose divergence the learned rotation lowers."""
     spin_steps: int = Field(30, ge=1)
-    """Steps of gradient descent over rotations."""
+    """Steps of gradient descent over rotations, each a forward and a backward pass through the whole model."""
     spin_learning_rate: float = Field(0.03, gt=0)
     """Size of the first step, about the angle in radians by which a direction turns; falls to 0 linearly."""
-    spin_vectors: int = Field(8192, ge=2)
-    """Sampled inputs of linears, and sampled rows of their matrices."""
-    spin_sequences: int = Field(16, ge=1)
-    """Calibration sequences that inputs are drawn from."""
+    spin_batch_size: int = Field(2, ge=1)
+    """Sequences in a step."""
+    spin_sequences: int = Field(64, ge=2)
+    """Calibration sequences; one of eight judges and is not learned from."""
     guard_sequences: int = Field(2, ge=1)
     """Sequences on which the logits before and after a transform are compared."""
     guard_tokens: int = Field(256, ge=1)
