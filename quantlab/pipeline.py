@@ -2,8 +2,8 @@
 
     checkpoint -> profile -> calibrate -> (for each scheme) quantize -> evaluate -> record -> export
 
-`run` does a whole run: everything that headers, configs, names and paths can tell is checked first; then each cell
-that has no record yet goes to the sweep's workers and leaves one. `profile_cell` and `evaluate_cell` are what a worker
+`run` does a whole run: everything that can be told is checked first (`checks`); then each cell that has no record yet
+goes to the sweep's workers and leaves one. `profile_cell` and `evaluate_cell` are what a worker
 does: functions of a checkpoint, a configuration and a scheme. torch is imported only after the checks.
 """
 
@@ -11,21 +11,17 @@ import platform
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
-from quantlab.config import CheckpointConfig, ProfileConfig, QuantizeConfig, RunConfig
-from quantlab.data.hellaswag import load_hellaswag, select
-from quantlab.data.text import check_text, text_blocks
-from quantlab.errors import ConfigError, RecordError, SchemeError, nearest
-from quantlab.export.atomic import check_destination
-from quantlab.export.formats import find_format
-from quantlab.inspection.checkpoint import CheckpointInfo, inspect_checkpoint
+from quantlab.checks import check, export_folder
+from quantlab.config import CheckpointConfig, ProfileConfig, RunConfig
+from quantlab.data.text import text_blocks
+from quantlab.errors import ConfigError, RecordError
 from quantlab.inspection.precision import stored_precision
 from quantlab.records import Record, check_writable, read_record, read_records
-from quantlab.schemes import Scheme, check_shapes, check_widths
+from quantlab.schemes import Scheme
 from quantlab.sweep.executors import Advance, Event, run_cells
 from quantlab.sweep.jobs import Job, jobs_of, made_of_weights
 from quantlab.sweep.plan import Cell, plan
@@ -66,35 +62,6 @@ def run(config: RunConfig, watch: Watch, only: tuple[str, str] | None = None) ->
     listener = watch([job.cell for job in missing])
     run_cells(missing, run_job, workers=config.sweep.workers, threads=config.sweep.threads, on_event=listener)
     return [read_record(store.path(key)) for key in keys]
-
-
-def check(config: RunConfig) -> tuple[list[CheckpointInfo], dict[str, str], int | None]:
-    """Everything that can be told without torch: checkpoints, schemes against shapes, data files, export.
-
-    Returns:
-        What each checkpoint is, the SHA-256 of the data of each task, and the number of HellaSwag documents selected.
-    """
-    schemes = [name for position in range(len(config.checkpoints)) for name in config.of(position).schemes]
-    schemes += [config.export.scheme] if config.export else []
-    if config.quantize.widths and not any(Scheme.parse(name).mixed for name in schemes):
-        raise ConfigError(
-            "quantize.widths is for schemes whose name ends in -mixed: the run has none. Add one, or leave it out."
-        )
-    infos = [inspect_checkpoint(checkpoint) for checkpoint in config.checkpoints]
-    for position, info in enumerate(infos):
-        _check_skip(config.quantize.skip, info)
-        exported = [config.export.scheme] if config.export and position == config.exported else []
-        for name in (*config.of(position).schemes, *exported):
-            _check_scheme(Scheme.parse(name), config.quantize, info)
-    if config.export is not None:
-        find_format(config.export.format).check(Scheme.parse(config.export.scheme))
-        if config.export.format == "gguf" and "max_shard_size" in config.export.model_fields_set:
-            raise ConfigError(
-                "a GGUF file is written whole: leave max_shard_size out, or choose another format."
-            )
-        overwrite = config.export.overwrite or config.export.out is None
-        check_destination(export_folder(config), overwrite=overwrite, sources=[infos[config.exported].path])
-    return infos, *_check_data(config)
 
 
 def profile_cell(
@@ -205,13 +172,6 @@ def export(config: RunConfig, advance: Advance) -> dict[str, Any]:
     return summary.summary()
 
 
-def export_folder(config: RunConfig) -> Path:
-    """Where the export goes: what is asked for, or a folder of the run's own."""
-    assert config.export is not None
-    own = config.folder / "export" / f"{config.export.scheme}-{config.export.format}"
-    return config.export.out or own
-
-
 def run_job(job: Job, advance: Advance) -> None:
     """Compute one cell and leave its record, unless another process has done so meanwhile."""
     import torch
@@ -254,60 +214,6 @@ def _loaded(content: str, config: CheckpointConfig) -> "Checkpoint":
 
 def _wanted(cell: Cell, only: tuple[str, str] | None) -> bool:
     return only is None or (cell.kind, cell.scheme) == only
-
-
-def _check_scheme(scheme: Scheme, config: QuantizeConfig, info: CheckpointInfo) -> None:
-    """Refuse a second scheme, and widths and group sizes that do not fit the checkpoint."""
-    if info.carries is not None and not scheme.is_baseline:
-        raise SchemeError(
-            f"a model takes one scheme at a time: {info.path} carries {info.carries}, and {scheme.name} was asked for. "
-            "Use w16, which scores it as it is, or the checkpoint that it was made from."
-        )
-    kept = [name for name in info.linears if not any(fnmatchcase(name, each) for each in config.skip)]
-    if info.linears:
-        check_widths(scheme, config.widths, kept)
-    check_shapes(scheme, info.linears, config.skip, config.widths)
-
-
-def _check_skip(skip: Sequence[str], info: CheckpointInfo) -> None:
-    """Refuse patterns that match no matrix of the checkpoint."""
-    names = [*info.linears, *(name.removesuffix(".weight") for name in info.tensors)]
-    for pattern in skip:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            short = sorted({"*." + name.rpartition(".")[2] for name in info.linears})
-            hint = nearest(pattern, [*short, *names]) or f" There are {', '.join(short)}."
-            raise SchemeError(f"a skip pattern must match a weight matrix: {pattern!r} matches none.{hint}")
-
-
-def _check_data(config: RunConfig) -> tuple[dict[str, str], int | None]:
-    """Check the files of texts and tasks; their SHA-256 by task, and the number of documents selected."""
-    data: dict[str, str] = {}
-    num_documents = None
-    own = [config.of(position) for position in range(len(config.checkpoints))]
-    named = [
-        *(name for each in own for name in each.schemes),
-        *([config.export.scheme] if config.export else []),
-    ]
-    if any(Scheme.parse(name).needs for name in named):
-        data["calibration"] = check_text(config.calibration.text)
-    if config.profile is not None:
-        data["profile"] = check_text(config.profile.text)
-    if config.evaluation is not None and "perplexity" in config.evaluation.tasks:
-        data["perplexity"] = check_text(config.evaluation.perplexity)
-        if data["perplexity"] == data.get("calibration"):
-            raise ConfigError(
-                "calibration must not read the text that perplexity is measured on: both read "
-                f"{config.calibration.text.path or 'the WikiText-2 raw test split'}. Give calibration.text.path "
-                "another text."
-            )
-    if config.evaluation is not None and "hellaswag" in config.evaluation.tasks:
-        dataset = load_hellaswag(config.evaluation.hellaswag.path)
-        num_documents = len(select(dataset.documents, config.evaluation.hellaswag))
-        for each in own:
-            assert each.evaluation is not None
-            select(dataset.documents, each.evaluation.hellaswag)
-        data["hellaswag"] = dataset.sha256
-    return data, num_documents
 
 
 def _records_for_card(config: RunConfig) -> list[Record]:

@@ -23,6 +23,7 @@ TORCH_FREE = [
     "quantlab.statistics",
     "quantlab.cli",
     "quantlab.options",
+    "quantlab.checks",
     "quantlab.pipeline",
     "quantlab.tables",
     "quantlab.progress",

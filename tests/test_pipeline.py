@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantlab import pipeline
+from quantlab import checks, pipeline
 from quantlab.config import RunConfig, build_config
 from quantlab.errors import ConfigError, SchemeError
 from quantlab.evaluation.tasks import TASKS
@@ -233,7 +233,7 @@ def test_a_setting_of_methods_changes_the_keys_of_its_own_schemes_only(toy_folde
                 "quantize": {"widths": {"*.o_proj": "w8"}} | quantize,
             }
         )
-        infos, data, documents = pipeline.check(config)
+        infos, data, documents = checks.check(config)
         return [job.key for job in jobs_of(config, infos, data, documents)][1:]
 
     plain = keys()
@@ -261,8 +261,8 @@ def test_calibration_and_perplexity_take_different_texts(toy_folder: Path) -> No
     with pytest.raises(
         ConfigError, match="calibration must not read the text that perplexity is measured on"
     ):
-        pipeline.check(config)
-    pipeline.check(config.model_copy(update={"schemes": ("w16", "w4")}))
+        checks.check(config)
+    checks.check(config.model_copy(update={"schemes": ("w16", "w4")}))
 
 
 def test_outlier_columns_are_reported(checkpoint: Checkpoint, toy_folder: Path) -> None:
@@ -302,4 +302,4 @@ def test_widths_that_cannot_be_taken_are_refused_before_anything_is_loaded(
         | {"evaluation": EVALUATION}
     )
     with pytest.raises((ConfigError, SchemeError), match=message):
-        pipeline.check(config)
+        checks.check(config)

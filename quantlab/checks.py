@@ -1,0 +1,113 @@
+"""What can be told of a run before anything is computed, without torch: its checkpoints, schemes, data and places.
+
+A fault that headers, configurations, names and paths show is found here, not an hour later.
+"""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from quantlab.config import QuantizeConfig, RunConfig
+from quantlab.data.hellaswag import load_hellaswag, select
+from quantlab.data.text import check_text
+from quantlab.errors import ConfigError, SchemeError, nearest
+from quantlab.export.atomic import check_destination
+from quantlab.export.formats import find_format
+from quantlab.inspection.checkpoint import CheckpointInfo, inspect_checkpoint
+from quantlab.schemes import Scheme, check_shapes, check_widths
+
+__all__ = ["check", "export_folder"]
+
+
+def check(config: RunConfig) -> tuple[list[CheckpointInfo], dict[str, str], int | None]:
+    """Everything that can be told without torch: checkpoints, schemes against shapes, data files, export.
+
+    Returns:
+        What each checkpoint is, the SHA-256 of the data of each task, and the number of HellaSwag documents selected.
+    """
+    schemes = [name for position in range(len(config.checkpoints)) for name in config.of(position).schemes]
+    schemes += [config.export.scheme] if config.export else []
+    if config.quantize.widths and not any(Scheme.parse(name).mixed for name in schemes):
+        raise ConfigError(
+            "quantize.widths is for schemes whose name ends in -mixed: the run has none. Add one, or leave it out."
+        )
+    infos = [inspect_checkpoint(checkpoint) for checkpoint in config.checkpoints]
+    for position, info in enumerate(infos):
+        _check_skip(config.quantize.skip, info)
+        exported = [config.export.scheme] if config.export and position == config.exported else []
+        for name in (*config.of(position).schemes, *exported):
+            _check_scheme(Scheme.parse(name), config.quantize, info)
+    if config.export is not None:
+        _check_export(config, infos[config.exported])
+    return infos, *_check_data(config)
+
+
+def export_folder(config: RunConfig) -> Path:
+    """Where the export goes: what is asked for, or a folder of the run's own."""
+    assert config.export is not None
+    own = config.folder / "export" / f"{config.export.scheme}-{config.export.format}"
+    return config.export.out or own
+
+
+def _check_scheme(scheme: Scheme, config: QuantizeConfig, info: CheckpointInfo) -> None:
+    """Refuse a second scheme, and widths and group sizes that do not fit the checkpoint."""
+    if info.carries is not None and not scheme.is_baseline:
+        raise SchemeError(
+            f"a model takes one scheme at a time: {info.path} carries {info.carries}, and {scheme.name} was asked for. "
+            "Use w16, which scores it as it is, or the checkpoint that it was made from."
+        )
+    kept = [name for name in info.linears if not any(fnmatchcase(name, each) for each in config.skip)]
+    if info.linears:
+        check_widths(scheme, config.widths, kept)
+    check_shapes(scheme, info.linears, config.skip, config.widths)
+
+
+def _check_skip(skip: Sequence[str], info: CheckpointInfo) -> None:
+    """Refuse patterns that match no matrix of the checkpoint."""
+    names = [*info.linears, *(name.removesuffix(".weight") for name in info.tensors)]
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            short = sorted({"*." + name.rpartition(".")[2] for name in info.linears})
+            hint = nearest(pattern, [*short, *names]) or f" There are {', '.join(short)}."
+            raise SchemeError(f"a skip pattern must match a weight matrix: {pattern!r} matches none.{hint}")
+
+
+def _check_export(config: RunConfig, info: CheckpointInfo) -> None:
+    """Refuse a format that cannot hold the scheme, and a folder that must not be replaced."""
+    assert config.export is not None
+    find_format(config.export.format).check(Scheme.parse(config.export.scheme))
+    if config.export.format == "gguf" and "max_shard_size" in config.export.model_fields_set:
+        raise ConfigError("a GGUF file is written whole: leave max_shard_size out, or choose another format.")
+    overwrite = config.export.overwrite or config.export.out is None
+    check_destination(export_folder(config), overwrite=overwrite, sources=[info.path])
+
+
+def _check_data(config: RunConfig) -> tuple[dict[str, str], int | None]:
+    """Check the files of texts and tasks; their SHA-256 by task, and the number of documents selected."""
+    data: dict[str, str] = {}
+    num_documents = None
+    own = [config.of(position) for position in range(len(config.checkpoints))]
+    named = [
+        *(name for each in own for name in each.schemes),
+        *([config.export.scheme] if config.export else []),
+    ]
+    if any(Scheme.parse(name).needs for name in named):
+        data["calibration"] = check_text(config.calibration.text)
+    if config.profile is not None:
+        data["profile"] = check_text(config.profile.text)
+    if config.evaluation is not None and "perplexity" in config.evaluation.tasks:
+        data["perplexity"] = check_text(config.evaluation.perplexity)
+        if data["perplexity"] == data.get("calibration"):
+            raise ConfigError(
+                "calibration must not read the text that perplexity is measured on: both read "
+                f"{config.calibration.text.path or 'the WikiText-2 raw test split'}. Give calibration.text.path "
+                "another text."
+            )
+    if config.evaluation is not None and "hellaswag" in config.evaluation.tasks:
+        dataset = load_hellaswag(config.evaluation.hellaswag.path)
+        num_documents = len(select(dataset.documents, config.evaluation.hellaswag))
+        for each in own:
+            assert each.evaluation is not None
+            select(dataset.documents, each.evaluation.hellaswag)
+        data["hellaswag"] = dataset.sha256
+    return data, num_documents
