@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from probes.hooks import watch
 from quantlab.calibration.calibrator import Calibrator
-from quantlab.calibration.collect import Watcher
 from quantlab.calibration.statistics import LinearStats
 from quantlab.calibration.stream import BlockStep, batches, walk_blocks
+from quantlab.calibration.watcher import Watcher
 from quantlab.config import QuantizeConfig
 from quantlab.errors import SchemeError
 from quantlab.layers.linear import weight_of

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.calibration.cache import FOLDER, calibrated
-from quantlab.calibration.collect import Calibration, calibrate
-from quantlab.calibration.statistics import AttentionStats, LinearStats
+from quantlab.calibration.collect import calibrate
+from quantlab.calibration.statistics import AttentionStats, Calibration, LinearStats
 from quantlab.config import CalibrationConfig
 
 if TYPE_CHECKING:

@@ -31,9 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantlab.calibration.collect import BlockStats, watched_steps
+from quantlab.calibration.collect import watched_steps
 from quantlab.calibration.overlap import overlaps
-from quantlab.calibration.statistics import LinearStats
+from quantlab.calibration.statistics import BlockStats, LinearStats
 from quantlab.calibration.stream import Source, check_ids
 from quantlab.errors import CalibrationError
 

@@ -5,18 +5,13 @@ Of a linear with inputs x (rows of X, one a token):
     gram = X^T X = sum over tokens of x x^T        the Hessian of |W x - W' x|^2 is 2 X^T X
     minimum, maximum, mean of each channel, and the number of tokens
 
-Products are summed in float32 (never TF32 or bfloat16) or in float64, means in float64. Linears that read one tensor
-(q, k, v; gate, up) are seen as such and share one Gram matrix, so there is one for each distinct input.
+Products are summed in float32 (never TF32 or bfloat16) or in float64, means in float64.
 
-Letters: N sequences, T tokens, B sequences of a batch, H heads, C channels of a head, I inputs of a linear.
+Letters: N sequences, T tokens.
 """
 
-import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,41 +20,13 @@ from probes.attention import attention_sites
 from probes.errors import ProbeError
 from probes.hooks import watch
 from probes.sites import attention_layers, decoder_layers
-from quantlab.calibration.accumulators import InputSums, RangeSums, unseen
-from quantlab.calibration.statistics import AttentionStats, LinearStats
+from quantlab.calibration.statistics import AttentionStats, BlockStats, Calibration, LinearStats
 from quantlab.calibration.stream import BlockStep, Source, batches, walk_blocks
+from quantlab.calibration.watcher import SITES, Watcher
 from quantlab.errors import CalibrationError
 from quantlab.layers.targets import find_targets
 
-__all__ = ["BlockStats", "Calibration", "Watcher", "calibrate", "collect_blocks"]
-
-_SITES = ("attn_query", "attn_key", "attn_value")
-"""What enters the attention product, in the order of AttentionStats."""
-
-
-@dataclass(frozen=True)
-class BlockStats:
-    """Statistics of one decoder layer."""
-
-    name: str
-    linears: Mapping[str, LinearStats]
-    """By the linear's dotted name; one that no token reached has num_tokens 0."""
-    attention: Mapping[str, AttentionStats]
-    """By the attention layer's dotted name; empty where its attention has no sites."""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Statistics of a whole model."""
-
-    ids_NT: Tensor
-    """The tokens that were seen, int64."""
-    linears: Mapping[str, LinearStats]
-    """By the linear's dotted name; those of a cache are read when they are asked for."""
-    attention: Mapping[str, AttentionStats]
-    """By the attention layer's dotted name; empty where its attention has no sites."""
-    key: str = ""
-    """Hash of what made it, where it was stored."""
+__all__ = ["calibrate", "collect_blocks", "watched_steps"]
 
 
 def calibrate(
@@ -126,7 +93,7 @@ def watched_steps(
     source: Source | None,
     is_known: Callable[[str], bool],
     advance: Callable[[int], object],
-) -> Iterator[tuple[BlockStep, list["Watcher"]]]:
+) -> Iterator[tuple[BlockStep, list[Watcher]]]:
     """Each layer after all sequences have gone through it, with what was seen of each part of them."""
     linears = [target.name for target in find_targets(model) if target.sort == "linear"]
     attention = [name for name, _ in attention_layers(model)] if _has_sites(model, ids_NT, source) else []
@@ -147,100 +114,6 @@ def watched_steps(
             yield step, watchers
             # Nothing of a layer stays in memory while the next one is summed.
             watchers.clear()
-
-
-class _Seen:
-    """A tensor that was read, told from others by identity: one that is gone or was changed in place is none of them.
-
-    A view of it is another tensor. Tensors of inference mode do not tell when they are changed, so they are never
-    taken for one that was seen.
-    """
-
-    def __init__(self, x: Tensor) -> None:
-        self.tensor = weakref.ref(x)
-        self.version = None if x.is_inference() else x._version
-
-    def is_still(self, x: Tensor) -> bool:
-        """Whether x is this tensor, with the values that it had."""
-        return self.tensor() is x and self.version is not None and self.version == x._version
-
-
-class Watcher:
-    """What is seen of one layer's linears and attention."""
-
-    def __init__(
-        self, step: BlockStep, linears: Sequence[str], attention: Sequence[str], accumulate: torch.dtype
-    ) -> None:
-        inside = f"{step.name}."
-        self.layer, self.accumulate = step.layer, accumulate
-        self.linears = [name.removeprefix(inside) for name in linears if name.startswith(inside)]
-        self.inside = inside
-        self._sums: dict[str, InputSums] = {}
-        self._latest: dict[InputSums, _Seen] = {}
-        self._calls: Counter[str] = Counter()
-        self._ranges = {
-            f"{name}.{site}".removeprefix(inside): RangeSums(f"{name}.{site}")
-            for name in attention
-            if name.startswith(inside)
-            for site in _SITES
-        }
-
-    def see(self, name: str, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        """Take one call of a linear or of a site."""
-        if name in self._ranges:
-            self._ranges[name].add(args[0])
-        else:
-            # Statistics are of what meets the weights: a rotated linear rotates its inputs first.
-            before = getattr(module, "before", None)
-            self._see_linear(name, args[0] if before is None else before(args[0]))
-
-    def _see_linear(self, name: str, x: Tensor) -> None:
-        self._calls[name] += 1
-        shared = next((sums for sums, seen in self._latest.items() if seen.is_still(x)), None)
-        if name not in self._sums:
-            self._sums[name] = shared or InputSums(self.inside + name, x.shape[-1], self.accumulate, x.device)
-        sums = self._sums[name]
-        if sums.name == self.inside + name:
-            sums.add(x)
-            self._latest[sums] = _Seen(x)
-        elif sums is not shared:
-            raise self._shared_in_part(name)
-
-    def _shared_in_part(self, name: str) -> CalibrationError:
-        """Sums of two linears that turn out to differ cannot be told apart any more."""
-        return CalibrationError(
-            f"linears that read one tensor must do so in every call, to share its X^T X: {self.inside}{name} and "
-            f"{self._sums[name].name} read one in some calls only. This architecture cannot be calibrated."
-        )
-
-    def result(self, name: str) -> BlockStats:
-        """The layer's statistics; what was summed is used up.
-
-        Raises:
-            CalibrationError: X^T X overflows, or linears shared their inputs in some calls only.
-        """
-        for each, known in self._sums.items():
-            if self._calls[each] != self._calls[known.name.removeprefix(self.inside)]:
-                raise self._shared_in_part(each)
-        results = {sums: sums.result() for sums in self._sums.values()}
-        linears = {}
-        for each in self.linears:
-            sums = self._sums.get(each)
-            linears[self.inside + each] = (
-                results[sums] if sums else unseen(_inputs(self.layer.get_submodule(each)), self.accumulate)
-            )
-        # A layer whose attention did not reach its sites is left out.
-        attention = {
-            self.inside + each: AttentionStats(*(self._ranges[f"{each}.{site}"].result() for site in _SITES))
-            for each in dict.fromkeys(place.rpartition(".")[0] for place in self._ranges)
-            if all(self._ranges[f"{each}.{site}"].has_seen for site in _SITES)
-        }
-        return BlockStats(name, linears, attention)
-
-    @property
-    def places(self) -> list[str]:
-        """Names within the layer of all that is watched."""
-        return [*self.linears, *self._ranges]
 
 
 def _run(
@@ -273,11 +146,6 @@ def _check_finite(x: Tensor, name: str, what: str) -> None:
     )
 
 
-def _inputs(linear: nn.Module) -> int:
-    """in_features of a linear or of GPT-2's Conv1D."""
-    return int(getattr(linear, "in_features", None) or linear.nx)  # type: ignore[arg-type]
-
-
 def _has_sites(model: nn.Module, ids_NT: Tensor, source: Source | None) -> bool:
     """Whether the model's attention reaches its sites, tried on two tokens in the first layer that has attention."""
     reached: list[str] = []
@@ -290,7 +158,7 @@ def _has_sites(model: nn.Module, ids_NT: Tensor, source: Source | None) -> bool:
                 (step for step in steps if any(name.startswith(f"{step.name}.") for name in holders)), None
             )
             if step is not None:
-                places = [f"*{site}" for site in _SITES]
+                places = [f"*{site}" for site in SITES]
                 with watch(step.layer, places, lambda name, *_: reached.append(name)), torch.no_grad():
                     step.run(0, 1)
             steps.close()

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantlab.calibration.cache import FOLDER, calibrated, linear_facts
+from quantlab.calibration.cache import FOLDER, calibrated
 from quantlab.calibration.check import check_text_of
-from quantlab.calibration.collect import Calibration
 from quantlab.calibration.source import FolderSource, must_stream, open_lent
+from quantlab.calibration.statistics import Calibration
+from quantlab.calibration.stored import linear_facts
 from quantlab.config import RunConfig
 from quantlab.data.text import TextBlocks, text_blocks
 from quantlab.inspection.checkpoint import content_hash, inspect_checkpoint

@@ -1,14 +1,15 @@
-"""What calibration knows of a linear's inputs and of an attention layer's queries, keys and values.
+"""What calibration knows of a linear's inputs and of attention's queries, keys and values; of a layer, and of a model.
 
-I: input channels of a linear; H: heads, C: channels of a head.
+N: sequences, T: tokens; I: input channels of a linear; H: heads, C: channels of a head.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["AttentionStats", "LinearStats", "Ranges"]
+__all__ = ["AttentionStats", "BlockStats", "Calibration", "LinearStats", "Ranges"]
 
 
 @dataclass(frozen=True)
@@ -72,3 +73,28 @@ class AttentionStats:
     query: Ranges
     key: Ranges
     value: Ranges
+
+
+@dataclass(frozen=True)
+class BlockStats:
+    """Statistics of one decoder layer."""
+
+    name: str
+    linears: Mapping[str, LinearStats]
+    """By the linear's dotted name; one that no token reached has num_tokens 0."""
+    attention: Mapping[str, AttentionStats]
+    """By the attention layer's dotted name; empty where its attention has no sites."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics of a whole model."""
+
+    ids_NT: Tensor
+    """The tokens that were seen, int64."""
+    linears: Mapping[str, LinearStats]
+    """By the linear's dotted name; those of a cache are read when they are asked for."""
+    attention: Mapping[str, AttentionStats]
+    """By the attention layer's dotted name; empty where its attention has no sites."""
+    key: str = ""
+    """Hash of what made it, where it was stored."""

@@ -5,24 +5,24 @@
         ...                                 # what changes the layer here changes what the next step sees
 
 Peak memory is the hidden states and, where a source lends the weights, one layer. What a layer is called with besides
-the hidden states (masks by layer type, rotary tables, biases of position) is noted in a forward of the decoder stack
-in which recorders stand for the layers, so no family needs to be known.
+the hidden states is noted by recorders (`recorders`), so no family needs to be known.
 
 Letters: N sequences, T tokens, D hidden channels; n sequences of a call.
 """
 
-from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from probes.sites import decoder_layers, decoder_stack
+from quantlab.calibration.recorders import Call, not_in_a_row, recorded_calls, same_arguments
 from quantlab.errors import CalibrationError
 
-__all__ = ["BlockStep", "Source", "walk_blocks"]
+__all__ = ["BlockStep", "Source", "batches", "check_ids", "walk_blocks"]
 
 
 class Source(Protocol):
@@ -35,15 +35,6 @@ class Source(Protocol):
         """Whatever stands before the layers; of the token embedding only the rows of these ids."""
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What a layer was called with."""
-
-    hidden: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 @dataclass(eq=False)
 class BlockStep:
     """One decoder layer and what enters it."""
@@ -54,7 +45,7 @@ class BlockStep:
     """With its weights; where a source lends them, only until the next step."""
     inputs_NTD: Tensor
     """On the CPU, in the model's dtype. The walker reuses this memory for the outputs when the step is over."""
-    _call_of: Callable[[int], _Call] = field(repr=False)
+    _call_of: Callable[[int], Call] = field(repr=False)
     outputs_NTD: Tensor | None = None
     """Set by the consumer where it has them (it may write them over the inputs); else the walker computes them."""
 
@@ -135,8 +126,8 @@ class _Entrance:
             if isinstance(child, nn.ModuleList) and self.layers[0][1] in list(child)
         )
         if list(self.home[:]) != [layer for _, layer in self.layers]:
-            raise _not_in_a_row(model)
-        self._known: dict[int, list[_Call]] = {}
+            raise not_in_a_row(model)
+        self._known: dict[int, list[Call]] = {}
         self.gives_tuple = self._first_gives_tuple()
 
     def walk(self, batch_size: int) -> Tensor:
@@ -144,7 +135,7 @@ class _Entrance:
         hidden_NTD: Tensor | None = None
         with self.source.outside(self.ids_NT):
             for start, stop in batches(len(self.ids_NT), batch_size):
-                calls = self._forward(self.ids_NT[start:stop])
+                calls = self._record(self.ids_NT[start:stop])
                 self._note(stop - start, calls)
                 entered = calls[0].hidden
                 if hidden_NTD is None:
@@ -153,23 +144,23 @@ class _Entrance:
         assert hidden_NTD is not None
         return hidden_NTD
 
-    def calls(self, num_sequences: int) -> list[_Call]:
+    def calls(self, num_sequences: int) -> list[Call]:
         """What each layer is called with for so many sequences."""
         if num_sequences not in self._known:
             ids_nT = self.ids_NT[:num_sequences]
             with self.source.outside(ids_nT):
-                self._note(num_sequences, self._forward(ids_nT))
+                self._note(num_sequences, self._record(ids_nT))
         return self._known[num_sequences]
 
-    def _note(self, num_sequences: int, calls: list[_Call]) -> None:
+    def _note(self, num_sequences: int, calls: list[Call]) -> None:
         """Keep the arguments for this number of sequences; they must be those of any other text."""
         known = self._known.get(num_sequences)
         if known is None:
             # The hidden states themselves are not needed again: an empty tensor keeps their device.
-            self._known[num_sequences] = [_Call(call.hidden[:0], call.args, call.kwargs) for call in calls]
+            self._known[num_sequences] = [Call(call.hidden[:0], call.args, call.kwargs) for call in calls]
             return
         for (name, _), old, new in zip(self.layers, known, calls, strict=True):
-            if not _alike((old.args, old.kwargs), (new.args, new.kwargs)):
+            if not same_arguments(old, new):
                 raise CalibrationError(
                     f"a layer's arguments must not depend on the tokens, to be walked by itself: those of {name} do. "
                     "This architecture cannot be calibrated."
@@ -181,70 +172,14 @@ class _Entrance:
         name, layer = self.layers[0]
         ids = self.ids_NT[:1, :2]
         with self.source.outside(ids):
-            call = self._forward(ids, last=0)[0]
+            call = self._record(ids, last=0)[0]
         with self.source.layer(name, layer), torch.no_grad():
             return isinstance(layer(call.hidden, *call.args, **call.kwargs), tuple)
 
-    def _forward(self, ids_nT: Tensor, last: int | None = None) -> list[_Call]:
-        """A forward of the decoder stack in which recorders stand for the layers; it ends at layer `last`."""
+    def _record(self, ids_nT: Tensor, last: int | None = None) -> list[Call]:
+        """What each layer up to `last`, the last one of all unless given, is called with for these tokens."""
         end = len(self.layers) - 1 if last is None else last
-        seen: list[_Call] = []
-        device = next(each.device for each in self.stack.parameters() if not each.is_meta)
-        with suppress(_Arrived), _recording(self.home, seen, end, self.gives_tuple), torch.no_grad():
-            # Not a call of the module: hooks on it expect the layers to run.
-            self.stack.forward(input_ids=ids_nT.to(device), use_cache=False)
-        # No layer changes its hidden states here, so layers that run in a row are given one tensor.
-        if len(seen) != end + 1 or any(call.hidden is not seen[0].hidden for call in seen):
-            raise _not_in_a_row(self.stack)
-        return seen
-
-
-def _not_in_a_row(model: nn.Module) -> CalibrationError:
-    return CalibrationError(
-        "decoder layers must run one after another, each on the outputs of the one before, to be calibrated one at a "
-        f"time: those of {type(model).__name__} do not. Methods that need no calibration are left, such as rtn and hqq."
-    )
-
-
-class _Arrived(Exception):  # noqa: N818  not an error: the layers have been seen
-    """Ends a forward at the last layer."""
-
-
-class _Recorder(nn.Module):
-    """Stands for a layer: notes what it is called with and gives the hidden states back; other attributes are its."""
-
-    def __init__(self, layer: nn.Module, note: Callable[[_Call], None], gives_tuple: bool) -> None:
-        super().__init__()
-        self.stood_for, self.note, self.gives_tuple = layer, note, gives_tuple
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("stood_for"), name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-        self.note(_Call(hidden, args, kwargs))
-        return (hidden, None) if self.gives_tuple else hidden
-
-
-@contextmanager
-def _recording(home: nn.ModuleList, seen: list[_Call], last: int, gives_tuple: bool) -> Iterator[None]:
-    """Recorders in the places of the layers for the span of the block."""
-
-    def note(call: _Call) -> None:
-        seen.append(call)
-        if len(seen) == last + 1:
-            raise _Arrived
-
-    layers = dict(home.named_children())
-    try:
-        for name, layer in layers.items():
-            home._modules[name] = _Recorder(layer, note, gives_tuple)
-        yield
-    finally:
-        home._modules.update(layers)
+        return recorded_calls(self.stack, self.home, ids_nT, end, self.gives_tuple)
 
 
 class _InMemory:
@@ -255,14 +190,3 @@ class _InMemory:
 
     def outside(self, ids: Tensor) -> AbstractContextManager[None]:
         return nullcontext()
-
-
-def _alike(first: Any, second: Any) -> bool:
-    """Whether two trees of arguments hold the same tensors; rules and flags are taken as they come."""
-    if isinstance(first, Tensor):
-        return isinstance(second, Tensor) and torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(_alike(first[name], second[name]) for name in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(_alike, first, second))
-    return True

@@ -8,20 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from probes.hooks import watch
-from quantlab.calibration import accumulators, collect
+from quantlab.calibration import accumulators, collect, watcher
 from quantlab.calibration.cache import calibrated
 from quantlab.calibration.check import check_text_of
-from quantlab.calibration.collect import Calibration, calibrate
-from quantlab.calibration.stream import BlockStep
+from quantlab.calibration.collect import calibrate
+from quantlab.calibration.statistics import Calibration
 from quantlab.errors import CalibrationError
 from quantlab.layers.targets import find_targets
 from tests import toys
-
-
-def _ids(num_sequences: int = 4, length: int = 12) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, toys.NUM_TOKENS, (num_sequences, length), generator=generator)
+from tests.quantlab.calibration.toy_calibrations import ids
 
 
 def _inputs(model: nn.Module, ids_NT: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -43,7 +38,7 @@ def _inputs(model: nn.Module, ids_NT: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", toys.FAMILIES)
 def test_statistics_are_those_of_an_ordinary_forward(family: str) -> None:
-    model, ids_NT = toys.toy_model(family), _ids(5)
+    model, ids_NT = toys.toy_model(family), ids(5)
     found = calibrate(model, ids_NT, batch_size=2)
     expected = _inputs(model, ids_NT)
     assert found.linears.keys() == expected.keys()
@@ -61,7 +56,7 @@ def test_statistics_are_those_of_an_ordinary_forward(family: str) -> None:
 
 def test_wide_inputs_are_summed_block_by_block() -> None:
     """More channels than a block of X^T X has rows."""
-    model, ids_NT = toys.toy_model(intermediate_size=600), _ids()
+    model, ids_NT = toys.toy_model(intermediate_size=600), ids()
     name = "model.layers.1.mlp.down_proj"
     x_MI = _inputs(model, ids_NT)[name]
     gram_II = calibrate(model, ids_NT).linears[name].gram_II
@@ -70,7 +65,7 @@ def test_wide_inputs_are_summed_block_by_block() -> None:
 
 
 def test_linears_that_read_one_tensor_share_one_gram() -> None:
-    linears = calibrate(toys.toy_model(), _ids(), batch_size=1).linears
+    linears = calibrate(toys.toy_model(), ids(), batch_size=1).linears
     grams: dict[int, list[str]] = {}
     for name, stats in linears.items():
         grams.setdefault(id(stats.gram_II), []).append(name.removeprefix("model.layers."))
@@ -83,7 +78,7 @@ def test_linears_that_read_one_tensor_share_one_gram() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox", "opt", "phi3", "quantlab"])
 def test_attention_ranges_are_of_what_enters_the_product(family: str) -> None:
-    model, ids_NT = toys.toy_model(family), _ids()
+    model, ids_NT = toys.toy_model(family), ids()
     heads = toys.FAMILIES[family].get("num_key_value_heads", 4)
     found = calibrate(model, ids_NT).attention
     assert len(found) == 2
@@ -94,7 +89,7 @@ def test_attention_ranges_are_of_what_enters_the_product(family: str) -> None:
 
 
 def test_value_ranges_are_those_of_v_proj() -> None:
-    model, ids_NT = toys.toy_model(), _ids()
+    model, ids_NT = toys.toy_model(), ids()
     seen: list[torch.Tensor] = []
     handle = model.model.layers[1].self_attn.v_proj.register_forward_hook(
         lambda *call: seen.append(call[2].detach())
@@ -125,18 +120,18 @@ def test_ranges_of_what_is_not_finite_are_refused(value: float) -> None:
 
 @pytest.mark.parametrize("family", ["bloom", "gptj"])
 def test_attention_without_sites_is_left_empty(family: str) -> None:
-    found = calibrate(toys.toy_model(family), _ids())
+    found = calibrate(toys.toy_model(family), ids())
     assert not found.attention and found.linears
 
 
 def test_batches_change_nothing_but_rounding() -> None:
-    one, all_ = (calibrate(toys.toy_model(), _ids(), batch_size=size).linears for size in (1, 4))
+    one, all_ = (calibrate(toys.toy_model(), ids(), batch_size=size).linears for size in (1, 4))
     for name in one:
         torch.testing.assert_close(one[name].gram_II, all_[name].gram_II, rtol=1e-4, atol=1e-6)
 
 
 def test_bfloat16_activations_are_summed_in_float32() -> None:
-    model, ids_NT = toys.toy_model().bfloat16(), _ids()
+    model, ids_NT = toys.toy_model().bfloat16(), ids()
     name = "model.layers.0.self_attn.q_proj"
     x_MI = _inputs(model, ids_NT)[name]
     before = torch.get_float32_matmul_precision()
@@ -150,14 +145,14 @@ def test_bfloat16_activations_are_summed_in_float32() -> None:
 
 
 def test_float64_on_demand() -> None:
-    stats = calibrate(toys.toy_model(), _ids(), accumulate=torch.float64).linears[
+    stats = calibrate(toys.toy_model(), ids(), accumulate=torch.float64).linears[
         "model.layers.0.mlp.down_proj"
     ]
     assert stats.gram_II.dtype == torch.float64 and stats.mean_I.dtype == torch.float32
 
 
 def test_constant_and_dead_channels_are_counted_as_they_are() -> None:
-    model, ids_NT = toys.toy_model(), _ids()
+    model, ids_NT = toys.toy_model(), ids()
     with torch.no_grad():
         model.model.layers[0].post_attention_layernorm.weight[3] = 0
     stats = calibrate(model, ids_NT).linears["model.layers.0.mlp.up_proj"]
@@ -168,14 +163,14 @@ def test_constant_and_dead_channels_are_counted_as_they_are() -> None:
 
 
 def test_fewer_tokens_than_in_features_is_no_error() -> None:
-    stats = calibrate(toys.toy_model(), _ids(1, 4)).linears["model.layers.0.mlp.down_proj"]
+    stats = calibrate(toys.toy_model(), ids(1, 4)).linears["model.layers.0.mlp.down_proj"]
     assert stats.num_tokens == 4 and int(torch.linalg.matrix_rank(stats.gram_II)) <= 4
 
 
 def test_a_linear_that_no_token_reaches_says_so() -> None:
     model = toys.toy_model()
     model.model.layers[1].mlp.spare = nn.Linear(7, 3)
-    stats = calibrate(model, _ids()).linears["model.layers.1.mlp.spare"]
+    stats = calibrate(model, ids()).linears["model.layers.1.mlp.spare"]
     assert stats.num_tokens == 0 and stats.gram_II.shape == (7, 7) and not stats.absmax_I.any()
 
 
@@ -188,7 +183,7 @@ def test_weights_that_are_not_finite_are_named(value: float) -> None:
         CalibrationError,
         match=r"weights must be finite.*model\.layers\.1\.mlp\.up_proj\.weight holds 1 NaN or Inf",
     ):
-        calibrate(model, _ids())
+        calibrate(model, ids())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -197,7 +192,7 @@ def test_the_first_activation_that_is_not_finite_is_named(value: float) -> None:
     with pytest.raises(
         CalibrationError, match=r"activations must be finite: the input of model\.layers\.1\.mlp\.down_proj"
     ):
-        calibrate(model, _ids())
+        calibrate(model, ids())
 
 
 def test_embeddings_that_are_not_finite_are_named() -> None:
@@ -205,7 +200,7 @@ def test_embeddings_that_are_not_finite_are_named() -> None:
     with torch.no_grad():
         model.model.embed_tokens.weight[:] = float("nan")
     with pytest.raises(CalibrationError, match=r"activations must be finite.*the output of the embeddings"):
-        calibrate(model, _ids())
+        calibrate(model, ids())
 
 
 def test_outliers_whose_squares_overflow_are_an_error_in_float32_and_fine_in_float64() -> None:
@@ -217,8 +212,8 @@ def test_outliers_whose_squares_overflow_are_an_error_in_float32_and_fine_in_flo
         match=r"inputs of model\.layers\.0\.self_attn\.o_proj reach 1e\+38, whose squares overflow float32\. Set "
         r"calibration\.accumulate=float64",
     ):
-        calibrate(model, _ids())
-    stats = calibrate(model, _ids(), accumulate=torch.float64).linears["model.layers.0.self_attn.o_proj"]
+        calibrate(model, ids())
+    stats = calibrate(model, ids(), accumulate=torch.float64).linears["model.layers.0.self_attn.o_proj"]
     torch.testing.assert_close(
         stats.gram_II, torch.full_like(stats.gram_II, 48e76), rtol=1e-6, atol=0
     )  # 48 tokens; 1e38 itself is rounded to float32
@@ -227,12 +222,12 @@ def test_outliers_whose_squares_overflow_are_an_error_in_float32_and_fine_in_flo
 
 def test_advance_counts_each_sequence_once_a_layer() -> None:
     counts: list[int] = []
-    calibrate(toys.toy_model(), _ids(5), batch_size=2, advance=counts.append)
+    calibrate(toys.toy_model(), ids(5), batch_size=2, advance=counts.append)
     assert counts == [2, 2, 1] * 2
 
 
 def test_in_memory_results_have_no_key() -> None:
-    ids_NT = _ids()
+    ids_NT = ids()
     found = calibrate(toys.toy_model(), ids_NT)
     assert isinstance(found, Calibration) and found.key == "" and found.ids_NT is ids_NT
 
@@ -257,121 +252,23 @@ def test_nothing_of_a_layer_is_left_when_the_next_is_there(
         grams.append(weakref.ref(found.gram_II))
         return found
 
-    monkeypatch.setattr(collect, "InputSums", counted)
+    monkeypatch.setattr(watcher, "InputSums", counted)
     monkeypatch.setattr(
         collect, "_check_weights", lambda step: kept.append(sum(gram() is not None for gram in grams))
     )
     if check:
         monkeypatch.setattr("quantlab.calibration.check.overlaps", lambda texts: {})
-        check_text_of(model, _ids(), toys.toy_tokenizer(), batch_size=1)
+        check_text_of(model, ids(), toys.toy_tokenizer(), batch_size=1)
     else:
-        calibrated(model, _ids(), folder=tmp_path, checkpoint="abc", batch_size=1)
+        calibrated(model, ids(), folder=tmp_path, checkpoint="abc", batch_size=1)
     assert len(grams) == (16 if check else 8)
     assert kept == [0, 0]
 
 
-class _Twins(nn.Module):
-    """Two linears; `calls` says for each of them which of the given tensors it reads, in order."""
-
-    def __init__(self, *calls: tuple[str, int]) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 2), nn.Linear(8, 2)
-        self.calls = calls
-
-    def forward(self, *xs: torch.Tensor) -> None:
-        for name, which in self.calls:
-            self.get_submodule(name)(xs[which])
-
-
-def _seen(twins: _Twins, *xs: torch.Tensor) -> dict[str, Any]:
-    step = BlockStep("layer", twins, torch.empty(0), lambda n: None)  # type: ignore[arg-type,return-value]
-    watcher = collect.Watcher(step, ["layer.a", "layer.b"], [], torch.float32)
-    with torch.no_grad(), watch(twins, watcher.places, watcher.see):
-        twins(*xs)
-    return dict(watcher.result("layer").linears)
-
-
-def _x(seed: int = 0) -> torch.Tensor:
-    return torch.randn(5, 8, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("calls", [[("a", 0), ("b", 0)], [("b", 0), ("a", 0), ("b", 1), ("a", 1)]])
-def test_one_tensor_is_summed_once(calls: list[tuple[str, int]]) -> None:
-    x, y = _x(), _x(1)
-    found = _seen(_Twins(*calls), x, y)
-    expected = x.T @ x + (y.T @ y if len(calls) > 2 else 0)
-    assert found["layer.a"].gram_II is found["layer.b"].gram_II
-    torch.testing.assert_close(found["layer.a"].gram_II, expected)
-
-
-def test_views_and_copies_of_a_tensor_are_tensors_of_their_own() -> None:
-    x = _x()
-    found = _seen(_Twins(("a", 0), ("b", 1)), x, x.view(5, 8))
-    assert found["layer.a"].gram_II is not found["layer.b"].gram_II
-    assert torch.equal(found["layer.a"].gram_II, found["layer.b"].gram_II)
-
-
-@pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize("part", [slice(None), slice(2, 3)])
-def test_a_tensor_changed_in_place_is_another(inference: bool, part: slice) -> None:
-    """Whether itself or through a view."""
-    with torch.inference_mode(inference):
-        x = _x().clone()
-        before, twins = x.clone(), _Twins(("a", 0), ("b", 0))
-
-        def double(_: nn.Module, args: tuple[torch.Tensor]) -> None:
-            args[0][part].mul_(2)
-
-        twins.b.register_forward_pre_hook(double)
-        found = _seen(twins, x)
-    torch.testing.assert_close(found["layer.a"].gram_II, before.T @ before)
-    torch.testing.assert_close(found["layer.b"].gram_II, x.T @ x)
-    assert not torch.equal(found["layer.a"].gram_II, found["layer.b"].gram_II)
-
-
-def test_a_tensor_in_the_place_of_one_that_is_gone_is_another() -> None:
-    """Identities are reused as soon as a tensor is freed."""
-    watcher = collect.Watcher(
-        BlockStep("layer", _Twins(), torch.empty(0), lambda n: None),  # type: ignore[arg-type,return-value]
-        ["layer.a", "layer.b"], [], torch.float32,
-    )  # fmt: skip
-    ids = []
-    for name, value in (("a", 1.0), ("b", 2.0)):
-        x = torch.full((1, 8), value)
-        ids.append(id(x))
-        watcher.see(name, nn.Identity(), (x,), None)
-        del x
-    found = watcher.result("layer").linears
-    assert ids[0] == ids[1]
-    assert (found["layer.a"].gram_II == 1).all() and (found["layer.b"].gram_II == 4).all()
-
-
-@pytest.mark.parametrize(
-    "calls",
-    [
-        [("a", 0), ("b", 0), ("a", 1), ("b", 2)],  # b goes its own way
-        [("a", 0), ("b", 0), ("a", 1)],  # b is left out
-        [("a", 0), ("a", 0), ("b", 0)],  # a reads it twice
-    ],
-)
-def test_linears_that_share_in_some_calls_only_are_refused(calls: list[tuple[str, int]]) -> None:
-    with pytest.raises(
-        CalibrationError, match=r"must do so in every call.*layer\.b and layer\.a read one in some calls only"
-    ):
-        _seen(_Twins(*calls), _x(), _x(1), _x(2))
-
-
-def test_linears_that_meet_later_keep_sums_of_their_own() -> None:
-    x, y, z = _x(), _x(1), _x(2)
-    found = _seen(_Twins(("a", 0), ("b", 1), ("a", 2), ("b", 2)), x, y, z)
-    torch.testing.assert_close(found["layer.a"].gram_II, x.T @ x + z.T @ z)
-    torch.testing.assert_close(found["layer.b"].gram_II, y.T @ y + z.T @ z)
-
-
 def test_calibration_works_in_inference_mode() -> None:
-    expected = calibrate(toys.toy_model(), _ids()).linears
+    expected = calibrate(toys.toy_model(), ids()).linears
     with torch.inference_mode():
-        found = calibrate(toys.toy_model(), _ids()).linears
+        found = calibrate(toys.toy_model(), ids()).linears
     for name, stats in expected.items():
         assert torch.equal(found[name].gram_II, stats.gram_II)
 
@@ -381,11 +278,11 @@ def test_only_layers_whose_attention_reaches_its_sites_have_ranges() -> None:
     for layer, left in ((0, ["model.layers.1.self_attn"]), (1, ["model.layers.0.self_attn"])):
         model = toys.toy_model()
         model.model.layers[layer].self_attn = _Mixer()
-        assert list(calibrate(model, _ids()).attention) == left
+        assert list(calibrate(model, ids()).attention) == left
     model = toys.toy_model()
     inner = model.model.layers[1].self_attn
     inner.forward = lambda hidden_states, **_: (inner.o_proj(hidden_states), None)
-    found = calibrate(model, _ids())
+    found = calibrate(model, ids())
     assert list(found.attention) == ["model.layers.0.self_attn"]
     assert found.linears["model.layers.1.self_attn.q_proj"].num_tokens == 0
 
