@@ -18,7 +18,7 @@ from quantlab.calibration.calibrator import Calibrator
 from quantlab.config import CheckpointConfig, QuantizeConfig
 from quantlab.errors import CheckpointError
 from quantlab.export.folder import ExportSummary, export_checkpoint
-from quantlab.export.quantlab_format import pack_rows
+from quantlab.export.quantlab_format.rows import pack_rows
 from quantlab.manifest import read_manifest
 from quantlab.models.loading import Checkpoint, load_checkpoint
 from quantlab.reading import quantlab_format as reading
