@@ -1,0 +1,49 @@
+"""What a record is: one cell's inputs and result, and the key that follows from the inputs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from quantlab.records.canonical import fingerprint, plain, without_nonfinite
+from quantlab.records.sealed import SCHEMA
+
+__all__ = ["Kind", "Record", "record_key"]
+
+Kind = Literal["evaluation", "profile"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One cell's inputs and result, as plain JSON data. Made by `Record.of`; equal inputs make equal records."""
+
+    kind: Kind
+    key: str
+    made_by: dict[str, Any]
+    config: dict[str, Any]
+    config_fingerprint: str
+    result: dict[str, Any]
+    nonfinite: dict[str, str] = field(default_factory=dict)
+    """Dotted places in `result` whose null stands for "nan", "inf" or "-inf"."""
+    items_sha256: str | None = None
+    """Hash of the Parquet of per-item results; none where there are none."""
+
+    @classmethod
+    def of(
+        cls, kind: Kind, made_by: Mapping[str, Any], config: Mapping[str, Any], result: Mapping[str, Any]
+    ) -> Self:
+        """The record of a result; the key and the fingerprint follow from the inputs."""
+        nonfinite: dict[str, str] = {}
+        finite = without_nonfinite(plain(result), "", nonfinite)
+        key = record_key(kind, made_by)
+        return cls(kind, key, plain(made_by), plain(config), fingerprint(config), finite, nonfinite)
+
+
+def record_key(kind: Kind, made_by: Mapping[str, Any]) -> str:
+    """Name of the record of `made_by`, known before it is computed: 64 hexadecimal digits.
+
+    The checkpoint's name is a label for people and not hashed: a copy of a checkpoint has the records of the original.
+    """
+    source = made_by.get("checkpoint")
+    if isinstance(source, Mapping):
+        made_by = {**made_by, "checkpoint": {name: source[name] for name in source if name != "name"}}
+    return fingerprint({"schema": SCHEMA, "kind": kind, "made_by": made_by})
