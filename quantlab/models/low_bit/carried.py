@@ -1,7 +1,7 @@
 """What a folder of low-bit weights says of itself besides its codes: the scheme, and what it fixed beforehand.
 
 In quantlab's own format that stands in config.json, in folders of other formats in the recipe that quantlab wrote
-beside it; a folder without either is its weights alone. O outputs, I inputs, H heads, C channels of a head.
+beside it; a folder without either is its weights alone.
 """
 
 from collections.abc import Mapping
@@ -10,45 +10,21 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from quantlab.calibration.statistics import AttentionStats, Ranges
 from quantlab.errors import CheckpointError, SchemeError
 from quantlab.inspection.checkpoint import is_of
 from quantlab.inspection.compressed import CACHE_SCALES, carried_scheme, source_of_quantized
 from quantlab.inspection.folder import read_object
 from quantlab.methods.solved import Quantized
-from quantlab.numerics.affine import QuantizedTensor
-from quantlab.numerics.codebook import CodebookTensor
-from quantlab.numerics.qtype import QType
-from quantlab.numerics.static import Fixed
+from quantlab.models.low_bit.codes import DecodedTensor, as_tensor, grid_of
 from quantlab.reading import quantlab_format
-from quantlab.reading.decoded import Decoded
 from quantlab.reading.quantlab_format import LEAVES, Entry
 from quantlab.reading.raw import RawFolder
 from quantlab.reading.readers import decoder_of
 from quantlab.schemes import Scheme, TensorSpec, WeightFormat
 
-__all__ = ["Carried", "DecodedTensor", "as_quantized", "read_carried"]
-
-
-@dataclass(frozen=True)
-class DecodedTensor:
-    """A matrix with a minimum in each group, as GGUF has them: `real` of what was decoded, on torch's side."""
-
-    decoded: Decoded
-
-    @property
-    def bits(self) -> int:
-        """Bits of a code."""
-        return self.decoded.bits
-
-    def dequantize(self) -> Tensor:
-        """The real matrix [O, I], float32."""
-        return torch.from_numpy(self.decoded.real())
+__all__ = ["Carried", "read_carried"]
 
 
 @dataclass(frozen=True)
@@ -89,26 +65,12 @@ class Carried:
         owner = self.linears[name]
         if owner is not None and owner in self.entries:
             return _weights(self.entries[owner].body.get("weights"), owner, self.raw)
-        return self.scheme.weights if self.scheme is not None else _spec_of(quantized)
+        return self.scheme.weights if self.scheme is not None else grid_of(quantized)
 
     def inputs_of(self, name: str) -> TensorSpec | None:
         """How the inputs of one linear are rounded."""
         skipped = name in self.entries and self.entries[name].body.get("skipped") is True
         return None if self.scheme is None or skipped else self.scheme.activations
-
-    def fixed_inputs(self, name: str) -> Fixed | None:
-        """The range of a linear's inputs under a static spec.
-
-        Raises:
-            CheckpointError: there is none, or it is not one.
-        """
-        inputs = self.inputs_of(name)
-        if inputs is None or not inputs.static:
-            return None
-        width = self.entries[name].shape[1] if name in self.entries else 1
-        places = 1 if inputs.granularity == "tensor" else width
-        low, high = (self.raw.floats(f"{name}.input_{end}", (1, places)) for end in ("low", "high"))
-        return _range(low, high, f"inputs of {name}", self.raw)
 
     def storage_bits(self, name: str) -> int:
         """Bits on disk of a linear's weight; 16 each where it keeps floats, none where another linear holds them."""
@@ -126,7 +88,7 @@ class Carried:
         entry = self.entries.get(name)
         if entry is None or entry.body.get("corrected_bias") is not True:
             return None
-        return _torch(self.raw.floats(f"{name}.corrected_bias", (entry.shape[0],)))
+        return as_tensor(self.raw.floats(f"{name}.corrected_bias", (entry.shape[0],)))
 
     def rotation(self, name: str) -> list[Tensor] | None:
         """The factors of the rotation of a linear's inputs."""
@@ -138,7 +100,7 @@ class Carried:
     def rotation_of(self, size: int) -> list[Tensor]:
         """The factors of the rotation of a size."""
         factors = quantlab_format.rotation(self.raw.quantization, size, str(self.raw.path))
-        return [_torch(factor) for factor in factors]
+        return [as_tensor(factor) for factor in factors]
 
     @property
     def turned_heads(self) -> int | None:
@@ -149,45 +111,6 @@ class Carried:
                 f"turned_heads must be the channels of a head: that of {self.raw.path} is {str(width)[:40]}."
             )
         return width
-
-    def attention(self, layers: list[str]) -> dict[str, AttentionStats]:
-        """The fixed ranges of each layer's queries, keys and values, as calibration gave them."""
-        assert self.scheme is not None
-        sites = {
-            name for site, spec in self.scheme.head_sites.items() if spec.static for name in _sites(site)
-        }
-        return {layer: self._of_layer(layer, sites) for layer in layers} if sites else {}
-
-    def _of_layer(self, layer: str, sites: set[str]) -> AttentionStats:
-        if self.method == "compressed-tensors":
-            return self._of_cache(layer)
-        nothing = Ranges(torch.zeros(1, 1), torch.zeros(1, 1))
-        found = {"attn_query": nothing, "attn_key": nothing, "attn_value": nothing}
-        for site in sites:
-            known: Any = self.raw.quantization.get("attention")
-            for key in (layer, site):
-                known = known.get(key) if isinstance(known, dict) else None
-            if not isinstance(known, list) or len(known) != 2:
-                raise CheckpointError(
-                    f"static ranges must be stored: config.json of {self.raw.path} has none of {site} of {layer}."
-                )
-            ends = [
-                quantlab_format.array(each, f"attention of {layer}", str(self.raw.path)) for each in known
-            ]
-            if ends[0].ndim != 2 or ends[0].shape != ends[1].shape:
-                raise CheckpointError(
-                    f"static ranges must be of heads and channels: {site} of {layer} in {self.raw.path} is not."
-                )
-            found[site] = Ranges(*_range(ends[0], ends[1], f"{site} of {layer}", self.raw))
-        return AttentionStats(found["attn_query"], found["attn_key"], found["attn_value"])
-
-    def _of_cache(self, layer: str) -> AttentionStats:
-        """A layer's ranges from the scales of its cache: what 127 steps span."""
-        found = {}
-        for kind in ("k", "v"):
-            end = 127 * self.raw.floats(f"{layer}.{kind}_scale", (1,)).reshape(1, 1)
-            found[kind] = Ranges(*_range(-end, end, f"{kind}_scale of {layer}", self.raw))
-        return AttentionStats(found["k"], found["k"], found["v"])
 
 
 def read_carried(raw: RawFolder) -> Carried:
@@ -208,44 +131,10 @@ def read_carried(raw: RawFolder) -> Carried:
     return Carried(raw, method, carried_scheme(raw.quantization, raw.path), owners, entries)
 
 
-def as_quantized(decoded: Decoded) -> Quantized | DecodedTensor:
-    """Decoded codes as kernels take them."""
-    codes, scale = _torch(decoded.codes_OI), _torch(decoded.scale_OG)
-    if decoded.table is not None:
-        return CodebookTensor(codes, scale, _torch(decoded.table), decoded.bits, scale_bits=32)
-    if decoded.offset_OG is not None:
-        return DecodedTensor(decoded)
-    if decoded.zero_OG is None:
-        # uint8 wraps around: read as int8, code - 2^(b-1) is itself.
-        signed = (codes - 2 ** (decoded.bits - 1)).view(torch.int8)
-        return QuantizedTensor(signed, scale, None, QType(decoded.bits, full_range=True))
-    zero = _torch(decoded.zero_OG)
-    whole = bool((zero == zero.round()).all())
-    return QuantizedTensor(codes, scale, zero.int() if whole else zero, QType(decoded.bits, symmetric=False))
-
-
-def _torch(array: NDArray[Any]) -> Tensor:
-    """The same values in memory that may be written, as torch asks."""
-    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
-
-
 def _owner(entry: Entry) -> str | None:
     if entry.kind == "same":
         return str(entry.body["as"])
     return entry.name if entry.holds_codes else None
-
-
-def _sites(site: str) -> tuple[str, ...]:
-    return ("attn_key", "attn_value") if site == "kv_cache" else (site,)
-
-
-def _range(low: Any, high: Any, what: str, raw: RawFolder) -> Fixed:
-    ends = _torch(low), _torch(high)
-    if not bool((ends[0].isfinite() & ends[1].isfinite() & (ends[0] <= ends[1])).all()):
-        raise CheckpointError(
-            f"a static range must be finite and in order: that of {what} in {raw.path} is not."
-        )
-    return ends
 
 
 def _weights(name: Any, linear: str, raw: RawFolder) -> TensorSpec | WeightFormat:
@@ -258,17 +147,6 @@ def _weights(name: Any, linear: str, raw: RawFolder) -> TensorSpec | WeightForma
             f"a linear in low bits must name the scheme of its weights: {linear} of {raw.path} has {str(name)[:40]!r}."
         )
     return weights
-
-
-def _spec_of(quantized: Quantized | DecodedTensor) -> TensorSpec | WeightFormat:
-    """The grid of codes that no recipe speaks of."""
-    if not isinstance(quantized, QuantizedTensor):
-        return WeightFormat("table", quantized.bits)
-    rows, groups = quantized.scale.shape
-    symmetric, bits = quantized.qtype.symmetric, quantized.qtype.bits
-    if groups == 1:
-        return TensorSpec(bits, "channel" if rows > 1 else "tensor", symmetric=symmetric)
-    return TensorSpec(bits, "group", quantized.codes.shape[1] // groups, symmetric)
 
 
 def _recipe_scheme(raw: RawFolder) -> Scheme | None:

@@ -1,79 +1,26 @@
 """Folders of low-bit weights in memory: the logits of the model that they were made from, bit for bit."""
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from probes.profile import profile
 from quantlab import pipeline
-from quantlab.calibration.calibrator import Calibrator
-from quantlab.config import CheckpointConfig, QuantizeConfig, RunConfig
-from quantlab.errors import CheckpointError, SchemeError
-from quantlab.export.folder import ExportSummary, export_checkpoint
+from quantlab.config import RunConfig
+from quantlab.errors import SchemeError
 from quantlab.export.tensors import stored_dtype
 from quantlab.layers.linear import QuantLinear
-from quantlab.models.loading import Checkpoint, load_checkpoint
+from quantlab.models.loading import Checkpoint
 from quantlab.models.low_bit import load_low_bit
 from quantlab.quantize import quantized
 from quantlab.schemes import Scheme
-from tests.toys import FAMILIES, NUM_TOKENS, save_checkpoint
+from tests.quantlab.models.folders import export, loaded, logits, simulated
 
-PAIR = Path(__file__).parents[2] / "quantlab/checkpoints/pair"
 WIDTHS = {"*.q_proj": "w3g16z", "*.down_proj": "w8", "*.o_proj": "w16"}
-
-
-def ids(seed: int) -> Tensor:
-    return torch.randint(0, NUM_TOKENS, (2, 16), generator=torch.Generator().manual_seed(seed))
-
-
-def loaded(folder: Path, **options: Any) -> Checkpoint:
-    return load_checkpoint(CheckpointConfig(path=str(folder), device="cpu", **options))
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
-    """Folder of a toy checkpoint, or of a shipped one, by its name."""
-    made: dict[str, Path] = {}
-
-    def folder(family: str, **changes: Any) -> Path:
-        if family not in FAMILIES:
-            return PAIR / family
-        key = f"{family} {changes}"
-        if key not in made:
-            wide = {} if family == "gpt2" else {"intermediate_size": 256}
-            made[key] = save_checkpoint(family, tmp_path_factory.mktemp("low") / family, **(wide | changes))
-        return made[key]
-
-    yield folder
-
-
-def export(
-    checkpoint: Checkpoint, scheme: str, out: Path, form: str = "quantlab", **options: Any
-) -> ExportSummary:
-    parsed = Scheme.parse(scheme)
-    calibrator = Calibrator(ids(0), batch_size=2) if parsed.needs else None
-    config = QuantizeConfig(**options)
-    return export_checkpoint(checkpoint, parsed, form, out, config=config, calibrator=calibrator)
-
-
-def logits(checkpoint: Checkpoint) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = checkpoint.model(ids(1)).logits
-    return found
-
-
-def simulated(checkpoint: Checkpoint, scheme: str, scale_dtype: torch.dtype, **options: Any) -> Tensor:
-    parsed = Scheme.parse(scheme)
-    calibrator = Calibrator(ids(0), batch_size=2) if parsed.needs else None
-    config = QuantizeConfig(**options)
-    with quantized(checkpoint.model, parsed, config, scale_dtype=scale_dtype, calibrator=calibrator):
-        return logits(checkpoint)
 
 
 def assert_same(source: Path, scheme: str, out: Path, dtype: str = "float32", **options: Any) -> Checkpoint:
@@ -239,15 +186,12 @@ def test_without_a_recipe_a_folder_is_its_weights(source: Callable[..., Path], t
     assert torch.equal(logits(again), simulated(checkpoint, "w4g32", torch.float32))
 
 
-@pytest.fixture(scope="module")
-def good(source: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("good") / "out"
-    export(loaded(source("llama")), "w4a8tsv8ts-bias", out)
-    return out
-
-
-def test_load_checkpoint_takes_such_a_folder_as_what_it_is(good: Path, source: Callable[..., Path]) -> None:
-    again, original = loaded(good), loaded(source("llama"))
+def test_load_checkpoint_takes_such_a_folder_as_what_it_is(
+    source: Callable[..., Path], tmp_path: Path
+) -> None:
+    original, out = loaded(source("llama")), tmp_path / "out"
+    export(original, "w4a8tsv8ts-bias", out)
+    again = loaded(out)
     assert again.scheme is not None and again.scheme.name == "w4a8tsv8ts-bias"
     assert (
         again.info.carries == "w4a8tsv8ts-bias" and again.info.source_precision == "quantlab w4a8tsv8ts-bias"
@@ -255,7 +199,7 @@ def test_load_checkpoint_takes_such_a_folder_as_what_it_is(good: Path, source: C
     assert again.info.linears == original.info.linears
     assert again.info.vocab_size == original.info.vocab_size
     with quantized(again.model, Scheme()):
-        assert torch.equal(logits(again), logits(load_low_bit(good, device="cpu")))
+        assert torch.equal(logits(again), logits(load_low_bit(out, device="cpu")))
     with (
         pytest.raises(
             SchemeError, match=r"this one carries one already\. Load it anew, or the checkpoint that"
@@ -263,53 +207,6 @@ def test_load_checkpoint_takes_such_a_folder_as_what_it_is(good: Path, source: C
         quantized(again.model, Scheme.parse("w8")),
     ):
         pass
-
-
-def of_linear(leaf: str, **changes: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda config: config["linears"][f"model.layers.0.{leaf}"].update(changes)
-
-
-def moved(config: dict[str, Any]) -> None:
-    config["linears"]["model.layers.7.mlp.up_proj"] = config["linears"].pop("model.layers.0.mlp.up_proj")
-
-
-BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "scheme": (lambda c: c.update(scheme="w4g3x"), "must name a scheme: that of .* has 'w4g3x'"),
-    "no scheme": (lambda c: c.pop("scheme"), "must name a scheme"),
-    "baseline": (lambda c: c.update(scheme="w16"), "must name a scheme"),
-    "a place it has not": (lambda c: c.update(scheme="w4e8t"), "quantizes effective maps"),
-    "a linear it has not": (moved, r"has 'model\.layers\.7\.mlp\.up_proj', LlamaForCausalLM has not"),
-    "no weights": (of_linear("mlp.up_proj", weights="w99"), "must name the scheme of its weights"),
-    "transposed": (of_linear("self_attn.q_proj", transposed=True), r"the architecture asks for \[64, 64\]"),
-    "bias left out": (of_linear("mlp.up_proj", corrected_bias=False), "must speak of its corrected_bias"),
-    "range left out": (of_linear("mlp.up_proj", inputs=None), "must speak of its input_low"),
-    "rotated": (of_linear("mlp.up_proj", rotated=True), r"rotations\[64\].* must be a list of factors"),
-    "no range": (lambda c: c["attention"].pop("model.layers.0.self_attn"), "static ranges must be stored"),
-    "a range of text": (
-        lambda c: c["attention"]["model.layers.0.self_attn"].update(attn_value=["a", "b"]),
-        "must have a shape and float32 bytes",
-    ),
-    "turned heads": (lambda c: c.update(turned_heads=-3), "turned_heads must be the channels of a head"),
-}
-
-
-@pytest.mark.parametrize("fault", BAD)
-def test_a_bad_folder_is_refused_in_one_sentence(good: Path, tmp_path: Path, fault: str) -> None:
-    change, says = BAD[fault]
-    shutil.copytree(good, tmp_path / "bad")
-    body = json.loads((good / "config.json").read_text())
-    change(body["quantization_config"])
-    (tmp_path / "bad/config.json").write_text(json.dumps(body))
-    with pytest.raises((CheckpointError, SchemeError), match=says) as caught:
-        load_low_bit(tmp_path / "bad", device="cpu")
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
-
-
-def test_a_recipe_without_a_scheme_is_refused(source: Callable[..., Path], tmp_path: Path) -> None:
-    export(loaded(source("llama")), "w4g32", tmp_path / "out", "compressed-tensors")
-    (tmp_path / "out/recipe.json").write_text('{"scheme": 3}')
-    with pytest.raises(CheckpointError, match=r"recipe\.json must name a scheme"):
-        load_low_bit(tmp_path / "out", device="cpu")
 
 
 def test_the_baseline_of_a_folder_tells_its_bits(source: Callable[..., Path], tmp_path: Path) -> None:
@@ -351,16 +248,6 @@ def test_scores_of_a_folder_are_those_of_its_scheme(source: Callable[..., Path],
     assert here["hellaswag"]["sharing"] == there["hellaswag"]["sharing"] == "none"
     with pytest.raises(SchemeError, match="carries w8a8l6t, and w8 was asked for"):
         scored(loaded(tmp_path / "out"), "w8")
-
-
-def test_what_a_folder_without_a_recipe_does_to_inputs_is_not_left_out(
-    source: Callable[..., Path], tmp_path: Path
-) -> None:
-    for scheme in ("w8a8", "w8kv8ts"):
-        export(loaded(source("llama")), scheme, tmp_path / scheme, "compressed-tensors")
-        (tmp_path / scheme / "recipe.json").unlink()
-        with pytest.raises(CheckpointError, match="quantizes activations or the cache too"):
-            load_low_bit(tmp_path / scheme, device="cpu")
 
 
 def test_a_folder_of_ours_is_profiled(source: Callable[..., Path], tmp_path: Path) -> None:
