@@ -9,8 +9,6 @@ recipe.json                       scheme, format, settings, skipped linears, sou
 MANIFEST.json                     sha256 and size of every file above, digests of codes; written last
 """
 
-import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -21,17 +19,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-import quantlab
 from quantlab.config import QuantizeConfig
 from quantlab.errors import CheckpointError
 from quantlab.export.architecture import known_to_engines
 from quantlab.export.atomic import check_destination, new_folder
 from quantlab.export.codes import Codes
+from quantlab.export.config_files import write_configs, write_json
 from quantlab.export.formats import Format, find_format
 from quantlab.export.job import ExportJob
 from quantlab.export.model_card import CardFacts, matching_scores, model_card
+from quantlab.export.recipe import Origin, facts_of, recipe
 from quantlab.export.shards import DEFAULT_SHARD_SIZE, Layout, write_shards
-from quantlab.export.tensors import dtype_name, model_parts, stored_dtype, tied_names
+from quantlab.export.tensors import model_parts, stored_dtype
 from quantlab.inspection.checkpoint import content_hash
 from quantlab.quantize import prepared
 from quantlab.records import Record
@@ -133,58 +132,23 @@ def export_checkpoint(
         )
         # Gains that were folded change codes of o_proj: scores of the model as it was are not of these.
         own = () if converted and info.variant != "standard" else records
-        origin = _Origin(content_hash(info), config, made_by, own)
+        origin = Origin(content_hash(info), config, made_by, own)
         with new_folder(out_dir, overwrite=overwrite, facts={"tensors": job.codes.digests}) as folder:
             facts = _fill(folder, job, form, origin)
     return _summary(out_dir, job, facts)
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """What the codes were made of, for the recipe and the card."""
-
-    content_hash: str
-    config: QuantizeConfig
-    made_by: Mapping[str, Any]
-    records: Sequence[Record]
-
-
-def _fill(folder: Path, job: ExportJob, form: Format, origin: _Origin) -> CardFacts:
+def _fill(folder: Path, job: ExportJob, form: Format, origin: Origin) -> CardFacts:
     """Write every file but the manifest; returns what the card says."""
     layout, wider = _write_weights(folder, job, form)
     job.tokenizer.save_pretrained(folder)
-    facts = _facts(folder, job, form, origin, layout, wider)
+    facts = facts_of(folder, job, form, origin, layout, wider)
     scores = matching_scores(
         origin.records, origin.content_hash, job.scheme, origin.config.skip, origin.made_by
     )
     (folder / "README.md").write_text(model_card(facts, scores), encoding="utf-8")
-    write_json(folder / "recipe.json", _recipe(facts, origin))
+    write_json(folder / "recipe.json", recipe(facts, origin))
     return facts
-
-
-def _facts(
-    folder: Path, job: ExportJob, form: Format, origin: _Origin, layout: Layout, wider: Sequence[str]
-) -> CardFacts:
-    return CardFacts(
-        scheme=job.scheme,
-        format_name=form.name,
-        layout=layout.name,
-        base_model=job.info.name,
-        content_hash=origin.content_hash,
-        source_precision=job.info.source_precision,
-        stored_dtype=dtype_name(job.dtype),
-        num_swapped=len(job.linears),
-        skipped=job.ready.skipped,
-        skip=origin.config.skip,
-        average_storage_bits=layout.average_storage_bits,
-        weights_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.suffix in _WEIGHTS),
-        tied_embeddings=bool(tied_names(job.model)),
-        engines=form.engines(job.scheme),
-        wider=wider,
-        notes=(*job.ready.notes, *layout.notes, *_notes_of_codes(job)),
-        scale_dtype=form.scale_dtype or "",
-        kept_in=layout.kept_in,
-    )
 
 
 def _summary(out_dir: Path, job: ExportJob, facts: CardFacts) -> ExportSummary:
@@ -201,9 +165,6 @@ def _summary(out_dir: Path, job: ExportJob, facts: CardFacts) -> ExportSummary:
     )
 
 
-_WEIGHTS = (".safetensors", ".gguf")
-
-
 def _write_weights(folder: Path, job: ExportJob, form: Format) -> tuple[Layout, list[str]]:
     """Weights, config and further files of the format; the layout, and names of tensors kept in a wider dtype."""
     module = import_module(form.module)
@@ -212,22 +173,11 @@ def _write_weights(folder: Path, job: ExportJob, form: Format) -> tuple[Layout, 
     layout: Layout = module.layout(job)
     parts = list(model_parts(job.model, layout, job.dtype))
     write_shards(folder, [*parts, *layout.extra], job.max_shard_size, job.advance, layout.metadata)
-    _write_configs(folder, job.model, layout, job.dtype)
+    write_configs(folder, job.model, layout, job.dtype)
     for name, body in layout.files.items():
         write_json(folder / name, body)
     kept = (part for part in parts if not part.num_linears)
     return layout, [name for part in kept for name in part.wider_than(job.dtype)]
-
-
-def _notes_of_codes(job: ExportJob) -> list[str]:
-    """What methods did otherwise than asked, each with the linears that it is of."""
-    linears: dict[str, list[str]] = {}
-    for name, note in job.codes.notes.items():
-        linears.setdefault(note, []).append(name)
-    return [
-        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {note}"
-        for note, names in linears.items()
-    ]
 
 
 def _check_code(model: PreTrainedModel) -> None:
@@ -236,44 +186,3 @@ def _check_code(model: PreTrainedModel) -> None:
             f"export needs an architecture whose code is part of transformers: {type(model).__name__} brings its own "
             "(auto_map), which the folder would lack. Evaluate it instead."
         )
-
-
-def _write_configs(folder: Path, model: PreTrainedModel, layout: Layout, dtype: torch.dtype) -> None:
-    config = copy.deepcopy(model.config)
-    # A GGUF's own entry cannot be written, and no longer holds.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    body = json.loads(config.to_json_string(use_diff=True))
-    body |= {
-        "architectures": [type(model).__name__],
-        "dtype": dtype_name(dtype),
-        "quantization_config": layout.quantization_config,
-    }
-    write_json(folder / "config.json", body)
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        write_json(folder / "generation_config.json", json.loads(generation.to_json_string(use_diff=True)))
-
-
-def _recipe(facts: CardFacts, origin: _Origin) -> dict[str, Any]:
-    return {
-        "format_version": 2,
-        "quantlab": quantlab.__version__,
-        "scheme": facts.scheme.name,
-        "format": facts.format_name,
-        "layout": facts.layout,
-        "quantize": origin.config.model_dump(mode="json"),
-        "made_by": dict(origin.made_by),
-        "stored_dtype": facts.stored_dtype,
-        "average_storage_bits": facts.average_storage_bits,
-        "source": {
-            "name": facts.base_model,
-            "content_hash": facts.content_hash,
-            "precision": facts.source_precision,
-        },
-    }
-
-
-def write_json(path: Path, body: Mapping[str, Any]) -> None:
-    """One JSON object as people read it."""
-    path.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
