@@ -4,18 +4,19 @@
 
 z are the model's logits, z_Q those of the model whose linears are rounded as they would be after the rotation:
 
-    inputs of what reads the stream   q(x Q) Q^T        rows of its matrices    q(w Q) Q^T
-    inputs of what writes to it       q(x)              rows of its matrices    Q q(Q^T W)
+    what reads the stream     q(x Q) q(W Q)^T         in place of x W^T
+    what writes to it         q(x) (Q q(Q^T W))^T
+    any other linear          q(x) q(W)^T             behind a rotation of x where there is one already
 
 q rounds a vector to symmetric integers of a few bits with one scale, absmax / (2^(b - 1) - 1), and passes gradients as
-they are (straight through). Steps stay orthogonal by Cayley's transform; sequences that give no gradient judge, and
-the Q with the lowest L on those is kept, so that L there is never above that of the random rotation it starts from.
+they are (straight through). Weights may be left out of it: a method that fits codes to inputs, such as gptq, makes
+other errors than q does, and a rotation that suits q's may be worse for them than a random one.
 
-    A = G Q^T - Q G^T,  Q' = (I + t A / 2)^-1 (I - t A / 2) Q,  t |A|_2 about `learning_rate`, falling to 0
-
-A step is a forward and a backward pass through the whole model, which must fit in memory with its activations. Where
-SpinQuant lowers the cross-entropy of the text, L asks for the model's own distribution. Source: Liu et al. 2024,
-arXiv:2405.16406, section 3; Cayley SGD, Li et al. 2020, arXiv:2002.01113.
+Q descends by Cayley steps (`cayley`). Sequences that give no gradient judge, and the Q with the lowest L on those is
+kept, so that L there is never above that of the random rotation it starts from. A step is a forward and a backward
+pass through the whole model, which must fit in memory with its activations. Where SpinQuant lowers the cross-entropy
+of the text, L asks for the model's own distribution. Source: Liu et al. 2024, arXiv:2405.16406, which leaves weights
+at 16 bits too where GPTQ follows.
 
 Letters: N sequences, T tokens, D channels of the stream, O outputs, I inputs, R tokens of a batch, V vocabulary.
 """
@@ -28,23 +29,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantlab.errors import SchemeError
+from quantlab.layers.rotated import RotatedLinear
+from quantlab.layers.targets import find_targets
 from quantlab.numerics.affine import choose_qparams, fake_quantize
 from quantlab.numerics.qtype import QType
 from quantlab.numerics.ranges import absmax
+from quantlab.transforms.cayley import learn_rotation
 from quantlab.transforms.edges import find_edges, graph_for, layer_names
 from quantlab.transforms.edit import Undo, locate, replace_, restore
 from quantlab.transforms.guard import logits_of
 from quantlab.transforms.hadamard import random_rotation
 from quantlab.transforms.rotate import PARTS, check_parts, fold_residual_, rotate_, rotate_residual_
 
-__all__ = ["learn_rotation", "rounded", "spin_"]
+__all__ = ["rounded", "spin_"]
 
-_EVERY = 5
-"""Steps between two judgements."""
 _JUDGED = 8
 """One sequence of so many judges."""
 
 
+# Callers may be in inference mode, whose tensors have no gradients.
+@torch.inference_mode(False)
 def spin_(
     model: nn.Module,
     ids_NT: Tensor,
@@ -53,6 +57,7 @@ def spin_(
     seed: int = 0,
     parts: Sequence[str] = PARTS,
     bits: int = 4,
+    weights: bool = True,
     num_steps: int = 30,
     batch_size: int = 2,
     learning_rate: float = 0.03,
@@ -62,6 +67,7 @@ def spin_(
     Args:
         ids_NT: calibration tokens; one sequence of eight, and at least one, judges.
         bits: width of inputs and weights in the rounded model.
+        weights: whether its weights are rounded at all.
         batch_size: sequences in a step.
 
     Returns:
@@ -69,7 +75,7 @@ def spin_(
 
     Raises:
         SchemeError: the architecture does not declare a part, its residual stream is not to turn, there is one
-            sequence, or logits of the rounded model are not finite.
+            sequence, or the divergence of the rounded model is not finite.
     """
     if "residual" not in parts:
         raise SchemeError(
@@ -89,7 +95,7 @@ def spin_(
     num_judged = -(-len(ids_NT) // _JUDGED)
     q_DD, found = learn_rotation(
         start_DD.to(next(model.parameters()).device),
-        _divergence_of(model, bits),
+        _divergence_of(model, bits, weights),
         ids_NT[num_judged:],
         ids_NT[:num_judged],
         num_steps=num_steps,
@@ -97,56 +103,12 @@ def spin_(
         learning_rate=learning_rate,
     )
     rotate_residual_(model, lambda x: x @ q_DD.to(x), undo)
+    what = "inputs and weights" if weights else "inputs"
     return [
-        f"divergence of the model with {bits}-bit inputs and weights, on sequences not learned from: {found[0]:.4g} "
-        f"nats with a random rotation, {min(found):.4g} after {num_steps} steps.",
+        f"divergence of the model with {bits}-bit {what}, on sequences not learned from: {found[0]:.4g} nats with a "
+        f"random rotation, {min(found):.4g} after {num_steps} steps.",
         *notes,
     ]
-
-
-def learn_rotation(
-    start_DD: Tensor,
-    error: Callable[[Tensor, Tensor], Tensor],
-    learn: Tensor,
-    judge: Tensor,
-    *,
-    num_steps: int,
-    batch_size: int,
-    learning_rate: float,
-) -> tuple[Tensor, list[float]]:
-    """Lower a function of a rotation by its gradient.
-
-    Args:
-        start_DD: where to start; orthogonal.
-        error: of a rotation [D, D], float32, and of a few examples; a scalar with a gradient.
-        learn, judge: examples, along the first dimension; the first give gradients, in turn, the others choose.
-
-    Returns:
-        the rotation with the lowest error on `judge`, float64, orthogonal to rounding; that error at the start, every
-        5 steps and at the end.
-
-    Raises:
-        SchemeError: an error that is not finite.
-    """
-    q_DD = best_DD = start_DD.double()
-    found: list[float] = []
-    identity = torch.eye(len(q_DD), dtype=q_DD.dtype, device=q_DD.device)
-    for step in range(num_steps + 1):
-        if step % _EVERY == 0 or step == num_steps:
-            found.append(_mean(error, q_DD, judge, batch_size))
-            if found[-1] <= min(found):
-                best_DD = q_DD
-        if step == num_steps:
-            break
-        batch = learn[torch.arange(step * batch_size, (step + 1) * batch_size) % len(learn)]
-        gradient_DD = _gradient(error, q_DD, batch)
-        skew_DD = gradient_DD @ q_DD.T - q_DD @ gradient_DD.T
-        size = float(torch.linalg.matrix_norm(skew_DD)) * (2 / len(q_DD)) ** 0.5
-        if size == 0:
-            break
-        half_DD = skew_DD * (learning_rate * (1 - step / num_steps) / size / 2)
-        q_DD = torch.linalg.solve(identity + half_DD, (identity - half_DD) @ q_DD)
-    return best_DD, found
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
@@ -170,64 +132,61 @@ class _Rounded(torch.autograd.Function):
 
 
 class _Turn:
-    """The rotation that the rounded model is in at the moment, and the width that it is rounded to."""
+    """The rotation that the rounded model is in at the moment, and what of it is rounded."""
 
-    def __init__(self, bits: int) -> None:
-        self.bits = bits
+    def __init__(self, bits: int, weights: bool) -> None:
+        self.bits, self.weights = bits, weights
         self.q_DD = torch.empty(0)
 
-    def rows(self, x: Tensor) -> Tensor:
-        """q(x Q) Q^T of vectors [..., D]."""
-        q_DD = self.q_DD.to(x.dtype)
-        return rounded(x @ q_DD, self.bits) @ q_DD.T
 
-
-class _RoundedNorm(nn.Module):
-    """A norm of the stream; what reads it gets rounded inputs."""
-
-    def __init__(self, norm: nn.Module, turn: _Turn) -> None:
-        super().__init__()
-        self.norm, self.turn = norm, turn
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """[..., D]."""
-        return self.turn.rows(self.norm(*args, **kwargs))
-
-
-class _Reader(nn.Module):
-    """A linear that reads the stream; its inputs are rounded already."""
+class _Linear(nn.Module):
+    """A linear of the rounded model; what rotates its inputs already comes first."""
 
     def __init__(self, linear: nn.Linear, turn: _Turn) -> None:
         super().__init__()
         self.linear, self.turn = linear, turn
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., O]."""
-        return F.linear(x, self.turn.rows(self.linear.weight), self.linear.bias)
+        """[..., I] to [..., O]."""
+        x = self.linear.before(x) if isinstance(self.linear, RotatedLinear) else x
+        weight_OI = self.rounded_weight() if self.turn.weights else self.linear.weight
+        return F.linear(rounded(x, self.turn.bits), weight_OI, self.linear.bias)
+
+    def rounded_weight(self) -> Tensor:
+        """[O, I]."""
+        return rounded(self.linear.weight, self.turn.bits)
 
 
-class _Writer(_Reader):
-    """A linear that writes to the stream; its inputs are rounded as they are, behind a rotation of its own."""
+class _Writer(_Linear):
+    """One that writes to the stream."""
+
+    def rounded_weight(self) -> Tensor:
+        """[D, I]."""
+        q_DD = self.turn.q_DD.to(self.linear.weight)
+        return q_DD @ rounded(q_DD.T @ self.linear.weight, self.turn.bits)
+
+
+class _Reader(_Linear):
+    """One that reads the stream."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., I] to [..., D]."""
-        before = getattr(self.linear, "before", None)
-        x = x if before is None else before(x)
-        q_DD = self.turn.q_DD.to(self.linear.weight.dtype)
-        weight_DI = q_DD @ rounded(q_DD.T @ self.linear.weight, self.turn.bits)
-        return F.linear(rounded(x, self.turn.bits), weight_DI, self.linear.bias)
+        """[..., D] to [..., O]."""
+        turn, q_DD = self.turn, self.turn.q_DD.to(x)
+        weight_OD = self.linear.weight @ q_DD
+        weight_OD = rounded(weight_OD, turn.bits) if turn.weights else weight_OD
+        return F.linear(rounded(x @ q_DD, turn.bits), weight_OD, self.linear.bias)
 
 
-def _divergence_of(model: nn.Module, bits: int) -> Callable[[Tensor, Tensor], Tensor]:
+def _divergence_of(model: nn.Module, bits: int, weights: bool) -> Callable[[Tensor, Tensor], Tensor]:
     """L of a rotation [D, D] and of sequences [n, T]; the model, whose norms are folded, is as before after each."""
-    turn, undo, device = _Turn(bits), Undo(), next(model.parameters()).device
+    turn, undo, device = _Turn(bits, weights), Undo(), next(model.parameters()).device
     stand_ins = _stand_ins(model, turn)
 
     def divergence(q_DD: Tensor, ids_NT: Tensor) -> Tensor:
         wanted_RV = logits_of(model, ids_NT).flatten(0, 1).log_softmax(-1)
         turn.q_DD = q_DD
         try:
-            for old, new in stand_ins:
+            for old, new in stand_ins.items():
                 replace_(model, old, new, undo)
             logits_NTV = model(ids_NT.to(device), use_cache=False).logits
         finally:
@@ -238,38 +197,18 @@ def _divergence_of(model: nn.Module, bits: int) -> Callable[[Tensor, Tensor], Te
     return divergence
 
 
-def _stand_ins(model: nn.Module, turn: _Turn) -> list[tuple[nn.Module, nn.Module]]:
-    """(module, what takes its place) of every norm, reader and writer, each once; vectors that read stay."""
-    edges, graph = find_edges(model, ("norm",)), graph_for(model)
-    residual = graph.residual
-    assert residual is not None, "callers check the parts"
-    found: dict[nn.Module, nn.Module] = {}
-    for edge in edges:
-        norm, _ = locate(model, edge.source)
-        found[norm] = _RoundedNorm(norm, turn)
-        readers = [locate(model, name)[0] for name in edge.readers]
-        found |= {linear: _Reader(linear, turn) for linear in readers if isinstance(linear, nn.Linear)}
-    for prefix in layer_names(model, graph):
-        writers = [locate(model, prefix + name)[0] for name in residual.writers]
-        found |= {linear: _Writer(linear, turn) for linear in writers if isinstance(linear, nn.Linear)}
-    return list(found.items())
-
-
-@torch.no_grad()
-def _mean(error: Callable[[Tensor, Tensor], Tensor], q_DD: Tensor, examples: Tensor, size: int) -> float:
-    parts = examples.split(size)
-    return sum(_finite(error(q_DD.float(), part)) * len(part) for part in parts) / len(examples)
-
-
-def _gradient(error: Callable[[Tensor, Tensor], Tensor], q_DD: Tensor, examples: Tensor) -> Tensor:
-    leaf = q_DD.float().requires_grad_()
-    with torch.enable_grad():
-        (gradient_DD,) = torch.autograd.grad(error(leaf, examples), leaf)
-    return gradient_DD.double()
-
-
-def _finite(error: Tensor) -> float:
-    found = float(error)
-    if found != found or found == float("inf"):
-        raise SchemeError(f"spin needs finite logits of the rounded model: found {found}. Use rotate.")
-    return found
+def _stand_ins(model: nn.Module, turn: _Turn) -> dict[nn.Module, nn.Module]:
+    """What takes the place of every linear that schemes quantize; vectors that read the stream are none."""
+    graph = graph_for(model)
+    assert graph.residual is not None, "callers check the parts"
+    names = {
+        _Reader: [name for edge in find_edges(model, ("norm",)) for name in edge.readers],
+        _Writer: [prefix + name for prefix in layer_names(model, graph) for name in graph.residual.writers],
+    }
+    kinds = {locate(model, name)[0]: kind for kind, those in names.items() for name in those}
+    linears = [model.get_submodule(each.name) for each in find_targets(model) if each.sort == "linear"]
+    return {
+        linear: kinds.get(linear, _Linear)(linear, turn)
+        for linear in linears
+        if isinstance(linear, nn.Linear)
+    }
