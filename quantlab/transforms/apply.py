@@ -39,6 +39,7 @@ MAKERS: dict[str, Maker] = {
         seed=config.rotate_seed,
         parts=config.rotate_parts,
         bits=config.spin_bits,
+        weights=config.spin_weights,
         num_steps=config.spin_steps,
         batch_size=config.spin_batch_size,
         learning_rate=config.spin_learning_rate,

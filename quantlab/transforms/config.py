@@ -21,6 +21,8 @@ class TransformConfig(Section):
     """Seed of the rotations' random signs."""
     spin_bits: int = Field(4, ge=2, le=8)
     """Width of inputs and weights in the rounded model whose divergence the learned rotation lowers."""
+    spin_weights: bool = True
+    """Whether its weights are rounded, to nearest; false suits methods that fit codes to inputs, such as gptq."""
     spin_steps: int = Field(30, ge=1)
     """Steps of gradient descent over rotations, each a forward and a backward pass through the whole model."""
     spin_learning_rate: float = Field(0.03, gt=0)

@@ -137,6 +137,17 @@ def test_spin_depends_on_its_seed_alone() -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_weights_are_left_out_on_request() -> None:
+    heads, said = [], []
+    for weights in (True, False):
+        model, config = random_model("llama"), QUICK.model_copy(update={"spin_weights": weights})
+        with transformed(model, ("spin",), tokens(16), {}, config=config) as notes:
+            said.append(notes[0])
+            heads.append(model.lm_head.weight.detach().clone())
+    assert "with 4-bit inputs and weights, on" in said[0] and "with 4-bit inputs, on" in said[1]
+    assert not torch.equal(heads[0], heads[1])
+
+
 def test_spin_learns_in_inference_mode() -> None:
     heads = []
     for inference in (False, True):
