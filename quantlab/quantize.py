@@ -17,9 +17,9 @@ document's score moves by at most what the scheme itself costs some document: in
 57 tokens, w8a8: mean difference 0.0004 +- 0.010 nats per token, largest 0.08, where the scheme costs up to 0.13.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -29,10 +29,6 @@ from quantlab.calibration.calibrator import Calibrator
 from quantlab.calibration.statistics import AttentionStats, LinearStats
 from quantlab.changes import Change, Changes
 from quantlab.config import QuantizeConfig
-from quantlab.errors import CalibrationError, SchemeError
-from quantlab.kernels.choice import check_integers, check_packed, choose_kernel
-from quantlab.layers.fake_quant import FakeQuant
-from quantlab.layers.linear import QuantLinear, weight_of
 from quantlab.layers.sites import (
     find_outputs,
     find_sites,
@@ -40,28 +36,19 @@ from quantlab.layers.sites import (
     swap_site,
     turn_heads_,
 )
-from quantlab.layers.targets import Choice, Target, check_skip, choose_targets, is_skipped
+from quantlab.layers.targets import choose_targets
 from quantlab.methods.solved import Solved
-from quantlab.numerics.block import BlockTensor
-from quantlab.numerics.static import Fixed, static_range
 from quantlab.records import fingerprint, source_hash
-from quantlab.schemes import TRANSFORMS, Scheme, TensorSpec, WeightFormat, check_shapes, check_widths
+from quantlab.scheme_fits import check_fits
+from quantlab.schemes import TRANSFORMS, Scheme, TensorSpec, WeightFormat
 from quantlab.solutions import SolutionStore
-from quantlab.solving import Asked, solve_model, solve_one_by_one
+from quantlab.solving.asked import Asked
+from quantlab.solving.model import solve_model, solve_one_by_one
+from quantlab.swapping import Work, corrected, stays, swap_linear
 from quantlab.transforms.apply import guard_of, transform_
-from quantlab.transforms.bias import correct_bias
-from quantlab.transforms.edit import Undo, replace_, restore
+from quantlab.transforms.edit import Undo, restore
 
 __all__ = ["Change", "Changes", "Prepared", "prepared", "quantize_", "quantized"]
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What is known of the linears when they are swapped."""
-
-    asked: Asked
-    solved: Mapping[str, Solved] = field(default_factory=dict)
-    stats: Mapping[str, LinearStats] = field(default_factory=dict)
 
 
 def quantize_(
@@ -160,7 +147,7 @@ def prepared(
         if scheme.sites or scheme.head_sites:
             stack.enter_context(attention_sites(model))
         stack.callback(restore, undo)
-        choice = _check(model, asked, calibrator)
+        choice = check_fits(model, asked, calibrator)
         notes, done = _transform_(model, asked, calibrator, undo)
         choice = choose_targets(model, config.skip) if done else choice
         attention = calibrator.attention(model, done) if calibrator and "attention" in scheme.needs else {}
@@ -169,8 +156,8 @@ def prepared(
         by_name = {target.name: target for target in own}
 
         def bias(name: str, solved: Solved) -> torch.Tensor | None:
-            work = _Work(asked, {name: solved}, stats)
-            return _corrected(model.get_submodule(name), by_name[name], work)
+            work = Work(asked, {name: solved}, stats)
+            return corrected(model.get_submodule(name), by_name[name], work)
 
         names = tuple(target.name for target in choice.chosen)
         skipped = tuple(target.name for target in choice.skipped)
@@ -182,7 +169,7 @@ def _apply(
 ) -> Changes:
     """Check, transform, solve, swap; what was replaced is noted in `undo`."""
     scheme = asked.scheme
-    choice = _check(model, asked, calibrator)
+    choice = check_fits(model, asked, calibrator)
     find_outputs(model, scheme)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     if scheme.is_baseline:
@@ -201,12 +188,12 @@ def _apply(
         notes += guard.apply("rotate of queries and keys", lambda changes: turn_heads_(sites, changes), undo)
     own = [target for target in choice.chosen if target.tied_to is None]
     solved, stats = solve_model(model, own, asked, calibrator, done, solutions, undo)
-    work = _Work(asked, solved, stats)
+    work = Work(asked, solved, stats)
     chosen = set(choice.chosen)
     # First, since a layer's linears still tell its device.
     at_sites = [swap_site(layer, prefix, site, quantizer, undo) for prefix, layer, site, quantizer in sites]
     rows = [
-        _swap_linear(model, target, work, undo) if target in chosen else _stays(target, asked.config.skip)
+        swap_linear(model, target, work, undo) if target in chosen else stays(target, asked.config.skip)
         for target in choice.targets
     ]
     rows += at_sites
@@ -234,123 +221,3 @@ def _transform_(
         notes += transform_(model, name, calibrator.ids_NT, stats, settings, undo)
         done = f"{done or made_by}-{name}"
     return notes, done
-
-
-def _check(model: nn.Module, asked: Asked, calibrator: Calibrator | None) -> Choice:
-    """Everything that can be told before anything is changed; the linears that are chosen."""
-    scheme, config = asked.scheme, asked.config
-    carries = any(isinstance(module, QuantLinear | FakeQuant) for module in model.modules())
-    if carries and not scheme.is_baseline:
-        raise SchemeError(
-            "a model takes one scheme at a time: this one carries one already. Load it anew, or the checkpoint that "
-            "its folder was made from."
-        )
-    if scheme.needs and calibrator is None:
-        raise SchemeError(
-            f"{scheme.name} needs calibration ({', '.join(sorted(scheme.needs))}): none was given. Give a calibrator."
-        )
-    if config.skip:
-        check_skip(model, config.skip)
-    if scheme.weights is None and scheme.activations is None:
-        return Choice((), (), ())
-    choice = choose_targets(model, config.skip)
-    _check_linears(model, asked, choice.chosen)
-    return choice
-
-
-def _check_linears(model: nn.Module, asked: Asked, chosen: Sequence[Target]) -> None:
-    """Refuse groups that do not divide, widths that match nothing, and integer sums that do not fit."""
-    scheme, device = asked.scheme, next(model.parameters()).device
-    check_widths(scheme, asked.config.widths, [target.name for target in chosen])
-    for target in chosen:
-        weights = asked.weights_of(target.name)
-        shape = {target.name: (target.shape[0], target.shape[1])}
-        check_shapes(Scheme(weights, scheme.activations), shape)
-        runs, _ = choose_kernel(weights, scheme.activations, device.type, asked.config.kernel)
-        if runs == "int8_mm":
-            assert isinstance(weights, TensorSpec) and scheme.activations is not None
-            check_integers(weights, scheme.activations, shape, device)
-            if asked.config.kernel == "packed" and scheme.method == "hqq":
-                raise SchemeError(
-                    f"packed kernels need integer zero points where inputs are in low bits: those of {scheme.name} are "
-                    "real numbers. Use kernel=integer."
-                )
-        elif runs in ("int4_packed", "int8_packed"):
-            assert isinstance(weights, TensorSpec)
-            check_packed(runs, weights, shape)
-
-
-def _swap_linear(model: nn.Module, target: Target, work: _Work, undo: Undo) -> Change:
-    """Put a QuantLinear in the place of one linear, under every name that it has."""
-    scheme, dtype = work.asked.scheme, work.asked.scale_dtype
-    linear = model.get_submodule(target.name)
-    weights = work.asked.weights_of(target.name)
-    device = next(linear.parameters(), torch.empty(0)).device
-    kernel, reason = choose_kernel(weights, scheme.activations, device.type, work.asked.config.kernel)
-    # A matrix of several names has the codes of its first.
-    solved = work.solved.get(target.tied_to or target.name)
-    if kernel == "int8_mm" and scheme.method == "hqq":
-        kernel, reason = "simulated", "zero points of hqq are real numbers"
-    assert weights is None or solved is not None, f"{target.name} was not solved"
-    storage_bits = 16 * target.num_weights
-    if solved is not None:
-        storage_bits = 0 if target.tied_to else solved.quantized.storage_bits(8 * dtype.itemsize)
-    if not isinstance(linear, QuantLinear):  # a linear that the model holds twice was swapped the first time
-        swapped = QuantLinear(
-            linear,
-            None if solved is None else solved.quantized,
-            scheme.activations,
-            kernel,
-            target.name,
-            fixed=_fixed(target.name, work, device),
-            bias=_corrected(linear, target, work),
-        )
-        replace_(model, linear, swapped.train(linear.training), undo)
-    why = Scheme(weights, scheme.activations).name
-    if weights is not None and solved is not None and scheme.method != "rtn":
-        why += f"-{scheme.method}"
-    why = ": ".join(filter(None, (why, reason, solved.note if solved else "")))
-    bits = 16 if weights is None else weights.bits
-    if solved is not None and isinstance(solved.quantized, BlockTensor):
-        # Of the type that is stored, which may be another than the one asked for.
-        bits = solved.quantized.bits
-    return Change(target.name, "swapped", why, bits, target.num_weights, kernel, storage_bits)
-
-
-def _fixed(name: str, work: _Work, device: torch.device) -> Fixed | None:
-    """The range of a linear's inputs under a static spec."""
-    spec = work.asked.scheme.activations
-    if spec is None or not spec.static:
-        return None
-    stats = work.stats[name]
-    if stats.num_tokens == 0:
-        raise CalibrationError(
-            f"static scales need inputs that calibration has seen: no token reached {name}. Calibrate on more text, "
-            f"leave the 's' out, or add \"*.{name.rpartition('.')[2]}\" to skip."
-        )
-    low, high = static_range(spec, stats.minimum_I, stats.maximum_I)
-    return low.to(device), high.to(device)
-
-
-def _corrected(linear: nn.Module, target: Target, work: _Work) -> torch.Tensor | None:
-    """The linear's bias with what makes up for the mean error of its weights; None leaves it as it is."""
-    solved = work.solved.get(target.tied_to or target.name)
-    if "bias" not in work.asked.scheme.transforms or solved is None:
-        return None
-    mean_I = work.stats[target.name].to(weight_of(linear).device).mean_I
-    return correct_bias(weight_of(linear), solved.quantized.dequantize(), linear.bias, mean_I)  # type: ignore[arg-type]
-
-
-def _stays(target: Target, skip: Sequence[str]) -> Change:
-    """The row of a matrix that stays at 16 bits."""
-    reasons = {
-        "outside": "outside the decoder layers (embeddings and lm_head stay at 16 bits)",
-        "other": "not a linear",
-    }
-    why = "skip" if is_skipped(target, skip) else reasons.get(target.sort, "")
-    if target.tied_to:
-        why += f"; tied to {target.tied_to}"
-    in_decoder = target.sort != "outside"
-    return Change(
-        target.name, "skipped", why, 16, target.num_weights, "", 16 * target.num_weights, in_decoder
-    )
