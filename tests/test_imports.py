@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+CLI = ROOT / "quantlab" / "cli"
 MAY_IMPORT = {
     "probes": {"probes"},
     "quantlab": {"quantlab", "probes"},
@@ -22,7 +23,6 @@ TORCH_FREE = [
     "quantlab.records",
     "quantlab.statistics",
     "quantlab.cli",
-    "quantlab.options",
     "quantlab.checks",
     "quantlab.pipeline",
     "quantlab.tables",
@@ -65,11 +65,18 @@ def _allowed(name: str, package: str) -> bool:
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_imports_run_one_way(package: str) -> None:
     for path in sorted((ROOT / package).rglob("*.py")):
-        if path == ROOT / "quantlab" / "cli.py":
+        if path.is_relative_to(CLI):
             continue  # the one place that joins all three
         ours = {name for name in _imported(path) if name.split(".")[0] in MAY_IMPORT}
         wrong = {name for name in ours if not _allowed(name, package)}
         assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+def test_only_python_m_quantlab_imports_the_command_line() -> None:
+    files = [path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py")]
+    outside = [path for path in files if not path.is_relative_to(CLI)]
+    users = [path for path in outside if any(name.startswith("quantlab.cli") for name in _imported(path))]
+    assert users == [ROOT / "quantlab" / "__main__.py"]
 
 
 def test_the_rule_would_catch_a_wrong_import() -> None:

@@ -1,0 +1,1 @@
+"""The verbs, one a file; `quantlab.cli.app.VERBS` names them."""
