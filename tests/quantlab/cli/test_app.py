@@ -21,12 +21,6 @@ def test_a_verb_is_a_file_of_its_name() -> None:
     assert files == set(VERBS)
 
 
-def test_help_names_every_verb_in_the_order_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = quantlab(capsys, "--help")
-    firsts = [words[1] for words in map(str.split, out.splitlines()) if len(words) > 1 and words[1] in VERBS]
-    assert code == 0 and firsts == list(VERBS)
-
-
 def test_wrong_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = quantlab(capsys, "evaluate")
     assert code == 2 and "MODEL" in err
