@@ -5,7 +5,7 @@
 The key covers the checkpoint's content, the tokens, dtype, dtype of the sums, transforms, the format's version, the
 version of transformers and the sources that decide the numbers. Device and batch size change rounding alone. Until a
 folder is complete each finished layer is kept: after a kill the same call runs those layers again, to have their
-outputs, but sums nothing for them.
+outputs, but sums nothing for those whose files are whole.
 """
 
 import hashlib
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from quantlab.calibration.collect import collect_blocks
 from quantlab.calibration.layer_file import name_of
+from quantlab.calibration.partial import Partial
 from quantlab.calibration.statistics import Calibration
-from quantlab.calibration.stored import FORMAT_VERSION, Partial, open_calibration
+from quantlab.calibration.stored import FORMAT_VERSION, open_calibration
 from quantlab.calibration.stream import Source, check_ids
 from quantlab.calibration.whole_files import digest_of
 from quantlab.errors import OutputError

@@ -4,7 +4,7 @@
     ids.safetensors              the tokens
     model.layers.3.safetensors   statistics of one layer, see `layer_file`
 
-A folder gets its name when it is complete. Until then it is a `Partial`, whose finished layers are there already.
+A folder gets its name when it is complete; `partial` is what it is until then.
 
 Letters: N sequences, T tokens.
 """
@@ -18,13 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quantlab.calibration.layer_file import LayerFile, about_layer, write_layer
-from quantlab.calibration.statistics import BlockStats, Calibration
-from quantlab.calibration.whole_files import check_digest, damaged, digest_of, write_tensors
+from quantlab.calibration.layer_file import LayerFile
+from quantlab.calibration.statistics import Calibration
+from quantlab.calibration.whole_files import check_digest, damaged
 from quantlab.errors import CalibrationError
-from quantlab.export.atomic import fsync
 
-__all__ = ["FORMAT_VERSION", "Partial", "linear_facts", "open_calibration"]
+__all__ = ["FORMAT_VERSION", "linear_facts", "open_calibration"]
 
 FORMAT_VERSION = 1
 """Of the files; one more with every change of what they hold or mean."""
@@ -39,20 +38,8 @@ def open_calibration(path: Path, made_by: Mapping[str, Any] | None = None) -> Ca
     Raises:
         CalibrationError: damaged, of another format version, or made by something else.
     """
-    try:
-        index = json.loads((path / "index.json").read_text(encoding="utf-8"))
-        found, layers = index["made_by"], index["layers"]
-        format_version = found["format_version"]
-        if format_version == FORMAT_VERSION:
-            check_digest(path / "ids.safetensors", index["ids"])
-            ids_NT = load_file(path / "ids.safetensors")["ids_NT"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise damaged(path / "index.json", f"{type(error).__name__}: {error}") from error
-    if format_version != FORMAT_VERSION:
-        raise CalibrationError(
-            f"a stored calibration must be of format version {FORMAT_VERSION}: {path} is of version {format_version}. "
-            "Delete the folder; the next run makes it again."
-        )
+    index, ids_NT = _read_index(path)
+    found, layers = index["made_by"], index["layers"]
     for name, value in (made_by or {}).items():
         if found.get(name) != value:
             raise CalibrationError(
@@ -73,36 +60,20 @@ def linear_facts(path: Path) -> dict[str, dict[str, Any]]:
     return {name: facts for entry in layers.values() for name, facts in entry["linears"].items()}
 
 
-class Partial:
-    """The layers of a calibration that is not complete."""
-
-    def __init__(self, path: Path, made_by: Mapping[str, Any]) -> None:
-        path.mkdir(parents=True, exist_ok=True)
-        self.path, self.made_by = path, made_by
-        for leftover in path.glob("*.tmp"):
-            leftover.unlink()
-
-    def has(self, layer: str) -> bool:
-        """Whether a layer is there; it got its name when it was whole."""
-        return (self.path / f"{layer}.safetensors").exists()
-
-    def put(self, block: BlockStats) -> None:
-        """Store one layer."""
-        write_layer(self.path, block)
-
-    def finish(self, ids_NT: Tensor, destination: Path) -> None:
-        """Give the complete folder its name."""
-        layers = {}
-        for file in sorted(self.path.glob("*.safetensors"), key=lambda file: _natural(file.stem)):
-            if file.stem != "ids":
-                about = about_layer(file)
-                layers[file.stem] = {"sha256": digest_of(file), **about}
-        write_tensors(self.path / "ids.safetensors", {"ids_NT": ids_NT.long().cpu().contiguous()})
-        index = {"made_by": self.made_by, "ids": digest_of(self.path / "ids.safetensors"), "layers": layers}
-        (self.path / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        fsync(self.path / "index.json")
-        self.path.rename(destination)
-        fsync(destination.parent)
+def _read_index(path: Path) -> tuple[dict[str, Any], Tensor]:
+    """The index and the tokens of a folder of this format version."""
+    try:
+        index: dict[str, Any] = json.loads((path / "index.json").read_text(encoding="utf-8"))
+        format_version, _ = index["made_by"]["format_version"], index["layers"]
+        if format_version == FORMAT_VERSION:
+            check_digest(path / "ids.safetensors", index["ids"])
+            return index, load_file(path / "ids.safetensors")["ids_NT"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise damaged(path / "index.json", f"{type(error).__name__}: {error}") from error
+    raise CalibrationError(
+        f"a stored calibration must be of format version {FORMAT_VERSION}: {path} is of version {format_version}. "
+        "Delete the folder; the next run makes it again."
+    )
 
 
 class _Lazy(Mapping[str, Any]):
@@ -122,8 +93,3 @@ class _Lazy(Mapping[str, Any]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
-
-
-def _natural(name: str) -> list[Any]:
-    """Sorts model.layers.10 after model.layers.9."""
-    return [(part.isdecimal(), int(part) if part.isdecimal() else part) for part in name.split(".")]

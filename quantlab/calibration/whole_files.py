@@ -1,8 +1,10 @@
 """Files that are whole: a file gets its name when it is written, and is known by the digest of its content."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -11,7 +13,7 @@ from torch import Tensor
 from quantlab.errors import CalibrationError, OutputError
 from quantlab.export.atomic import fsync
 
-__all__ = ["check_digest", "damaged", "digest_of", "write_tensors"]
+__all__ = ["check_digest", "damaged", "digest_of", "write_json", "write_tensors"]
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -26,6 +28,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str,
     except SafetensorError as error:
         raise OutputError(f"calibration must be writable: {temporary}: {error}.") from error
     temporary.chmod(0o644)  # the library makes files that only their owner may read
+    fsync(temporary)
+    temporary.replace(path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file; what a killed writer leaves ends in .tmp."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     fsync(temporary)
     temporary.replace(path)
 
