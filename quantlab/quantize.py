@@ -17,7 +17,7 @@ document's score moves by at most what the scheme itself costs some document: in
 57 tokens, w8a8: mean difference 0.0004 +- 0.010 nats per token, largest 0.08, where the scheme costs up to 0.13.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -29,14 +29,8 @@ from quantlab.calibration.calibrator import Calibrator
 from quantlab.calibration.statistics import AttentionStats, LinearStats
 from quantlab.changes import Change, Changes
 from quantlab.config import QuantizeConfig
-from quantlab.layers.sites import (
-    find_outputs,
-    find_sites,
-    swap_output,
-    swap_site,
-    turn_heads_,
-)
-from quantlab.layers.targets import choose_targets
+from quantlab.layers.sites import FoundSite, find_outputs, find_sites, swap_output, swap_site, turn_heads_
+from quantlab.layers.targets import Choice, choose_targets
 from quantlab.methods.solved import Solved
 from quantlab.records import fingerprint, source_hash
 from quantlab.scheme_fits import check_fits
@@ -171,37 +165,57 @@ def _apply(
     scheme = asked.scheme
     choice = check_fits(model, asked, calibrator)
     find_outputs(model, scheme)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     if scheme.is_baseline:
         # What a folder of low-bit weights brought along, see `models.low_bit`; nothing elsewhere.
         carried: tuple[Change, ...] = getattr(model, "carried", ())
-        return Changes(scheme.name, carried, num_parameters + sum(row.num_weights for row in carried))
+        return Changes(scheme.name, carried, _size(model) + sum(row.num_weights for row in carried))
     notes, done = _transform_(model, asked, calibrator, undo)
-    if done:
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        choice = choose_targets(model, asked.config.skip) if choice.chosen else choice
+    choice = choose_targets(model, asked.config.skip) if done and choice.chosen else choice
+    num_parameters = _size(model)
     attention = calibrator.attention(model, done) if calibrator and "attention" in scheme.needs else None
     sites = find_sites(model, scheme, attention)
-    if sites and {"rotate", "spin"} & set(scheme.transforms):
-        assert calibrator is not None
-        guard = guard_of(model, calibrator.ids_NT, asked.config.transforms)
-        notes += guard.apply("rotate of queries and keys", lambda changes: turn_heads_(sites, changes), undo)
+    notes += _turn_sites_(model, asked, calibrator, sites, undo)
     own = [target for target in choice.chosen if target.tied_to is None]
-    solved, stats = solve_model(model, own, asked, calibrator, done, solutions, undo)
-    work = Work(asked, solved, stats)
-    chosen = set(choice.chosen)
+    work = Work(asked, *solve_model(model, own, asked, calibrator, done, solutions, undo))
+    rows = _swap_(model, choice, sites, work, undo)
+    return Changes(scheme.name, tuple(rows), num_parameters, tuple(notes))
+
+
+def _swap_(
+    model: nn.Module, choice: Choice, sites: Sequence[FoundSite], work: Work, undo: Undo
+) -> list[Change]:
+    """Put modules of low bits in the places of linears, sites and outputs of layers; the rows that say so."""
+    scheme, skip, chosen = work.asked.scheme, work.asked.config.skip, set(choice.chosen)
     # First, since a layer's linears still tell its device.
     at_sites = [swap_site(layer, prefix, site, quantizer, undo) for prefix, layer, site, quantizer in sites]
-    rows = [
-        swap_linear(model, target, work, undo) if target in chosen else stays(target, asked.config.skip)
+    linears = [
+        swap_linear(model, target, work, undo) if target in chosen else stays(target, skip)
         for target in choice.targets
     ]
-    rows += at_sites
     # Last, since layers are found by what is inside them.
-    rows += [
+    outputs = [
         swap_output(model, module, name, spec, undo) for name, module, spec in find_outputs(model, scheme)
     ]
-    return Changes(scheme.name, tuple(rows), num_parameters, tuple(notes))
+    return linears + at_sites + outputs
+
+
+def _turn_sites_(
+    model: nn.Module,
+    asked: Asked,
+    calibrator: Calibrator | None,
+    sites: Sequence[FoundSite],
+    undo: Undo,
+) -> list[str]:
+    """Turn queries and keys ahead of their rounding, where the scheme rotates; notes."""
+    if not sites or not {"rotate", "spin"} & set(asked.scheme.transforms):
+        return []
+    assert calibrator is not None
+    guard = guard_of(model, calibrator.ids_NT, asked.config.transforms)
+    return guard.apply("rotate of queries and keys", lambda changes: turn_heads_(sites, changes), undo)
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _transform_(

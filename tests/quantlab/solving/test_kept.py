@@ -11,9 +11,11 @@ from torch import Tensor
 from quantlab.layers.linear import QuantLinear
 from quantlab.methods.gptq import quantize_weights
 from quantlab.quantize import quantized
+from quantlab.records import source_hash
 from quantlab.schemes import Scheme
 from quantlab.solutions import SolutionStore
 from quantlab.solving.linear import QUANTIZERS
+from quantlab.sweep.jobs import Job
 from tests.quantlab.whole_models import calibrator, model_of
 
 
@@ -81,3 +83,14 @@ def test_a_flipped_byte_of_a_solution_is_seen(tmp_path: Path) -> None:
     assert store.load(scheme) is None
     file.unlink()
     assert store.load(scheme) is None
+
+
+def test_a_solution_is_of_the_code_that_found_it(tmp_path: Path) -> None:
+    """`source_hash` covers every source, see tests of quantlab.records."""
+    scheme = Scheme.parse("w4g32-gptq")
+    paths = set()
+    for code in (source_hash(), "other"):
+        job = Job(None, None, {"checkpoint": "toy", "code": code, "seconds": 1})  # type: ignore[arg-type]
+        assert job.weights_made_by == {"checkpoint": "toy", "code": code}
+        paths.add(SolutionStore(tmp_path, job.weights_made_by).path(scheme))
+    assert len(paths) == 2
