@@ -1,8 +1,11 @@
 """Every file under configs/ is a complete run; unknown keys and values are answered in one sentence."""
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from quantlab.config import RunConfig, build_config, load_config
 from quantlab.errors import ConfigError, SchemeError
@@ -11,6 +14,7 @@ from quantlab.records import fingerprint
 ROOT = Path(__file__).parent.parent / "configs"
 CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.relative_to(ROOT).parts[0] != "train")
 """Every run; trainings are loaded by the tests of quantlab.train."""
+SOURCES = sorted((ROOT.parent / "quantlab").rglob("*.py"))
 MINIMAL = {"checkpoints": [{"path": "model"}]}
 
 
@@ -151,3 +155,41 @@ def test_schemes_become_canonical_and_start_with_the_baseline() -> None:
 def test_the_fingerprint_tells_configs_apart() -> None:
     first, second = build_config(MINIMAL), build_config(MINIMAL, ["evaluation.hellaswag.limit=3"])
     assert fingerprint(first.model_dump(mode="json")) != fingerprint(second.model_dump(mode="json"))
+
+
+def _sections(section: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """Fields of a section that are sections themselves."""
+    kinds = {
+        name: [field.annotation, *getattr(field.annotation, "__args__", ())]
+        for name, field in section.model_fields.items()
+    }
+    return {
+        name: kind
+        for name, choices in kinds.items()
+        for kind in choices
+        if isinstance(kind, type) and issubclass(kind, BaseModel)
+    }
+
+
+def _keys(section: type[BaseModel], before: str = "") -> set[str]:
+    """Every dotted key that `--set` takes."""
+    own = {before + name for name in section.model_fields}
+    return own.union(*(_keys(inner, f"{before}{name}.") for name, inner in _sections(section).items()))
+
+
+def _sentences(path: Path) -> list[str]:
+    """Strings of a source file that are sentences or parts of one; docstrings are left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    said = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in said]
+    return [node.value for node in constants if isinstance(node.value, str) and " " in node.value]
+
+
+def test_keys_that_errors_advise_exist() -> None:
+    keys = _keys(RunConfig)
+    parts = {part for key in keys for part in key.split(".")[:-1]}
+    dotted = re.compile(rf"(?<![\w./-])(?:{'|'.join(sorted(parts))})(?:\.[a-z_]+)+(?![\w(])")
+    named = {key for path in SOURCES for text in _sentences(path) for key in dotted.findall(text)}
+    assert "quantize.transforms.spin_sequences" in named
+    files = {"hellaswag.items"}
+    assert not named - keys - files

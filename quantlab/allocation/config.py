@@ -61,5 +61,8 @@ class AllocationConfig(Section):
 
     @field_validator("method")
     @classmethod
-    def _known_method(cls, value: str) -> str:
-        return Scheme(Scheme.parse("w4z").weights, method=value).method
+    def _fits_every_width(cls, value: str, info: ValidationInfo) -> str:
+        """A method that has grids for every candidate width, so that the recipe can be run."""
+        for width in [each for each in info.data.get("widths", ()) if each != "w16"] or ["w4z"]:
+            Scheme(Scheme.parse(width).weights, method=value)
+        return value

@@ -143,17 +143,19 @@ def _embedding_of(graph: Graph) -> str:
     return graph.residual.embedding
 
 
-def check_parts(model: nn.Module, parts: Sequence[str]) -> None:
-    """Refuse parts that the model's architecture does not declare."""
+def check_parts(model: nn.Module, parts: Sequence[str], what: str = "rotate") -> None:
+    """Refuse parts that the model's architecture does not declare; `what` asks for them."""
     declared, graph = declared_parts(model), graph_for(model)
     for part in parts:
         if part not in PARTS:
             raise SchemeError(f"parts of rotate are {', '.join(PARTS)}: found {part!r}.")
         if part not in declared:
             why = f", since {graph.unrotated}" if part == "residual" and graph.unrotated else ""
+            rest = [each for each in parts if each in declared]
+            instead = f", or rotate {' and '.join(rest)} alone (quantize.transforms.rotate_parts)" if rest else ""
             raise SchemeError(
-                f"{type(model).__name__} does not declare that its {part} may be rotated{why}. Leave rotate out, or "
-                f"rotate {' and '.join(declared)} alone (rotate_parts)."
+                f"{type(model).__name__} does not declare that its {part} may be rotated{why}. Leave {what} out"
+                f"{instead if what == 'rotate' or 'residual' in rest else ''}."
             )
 
 

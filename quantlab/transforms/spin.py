@@ -81,11 +81,11 @@ def spin_(
         raise SchemeError(
             f"spin learns a rotation of the residual stream: found parts {', '.join(parts)}. Use rotate."
         )
-    check_parts(model, parts)
+    check_parts(model, parts, "spin")
     if len(ids_NT) < 2:
         raise SchemeError(
             f"spin learns from some sequences and judges by others: found {len(ids_NT)}. Give at least 2 "
-            "(calibration.text.num_sequences and transforms.spin_sequences), or use rotate."
+            "(calibration.text.num_sequences and quantize.transforms.spin_sequences), or use rotate."
         )
     notes = fold_residual_(model, undo)
     others = [part for part in parts if part != "residual"]
