@@ -10,14 +10,13 @@ from quantlab.attention.base import HeadCounts
 from quantlab.attention.options import VariantOptions, one_of
 from quantlab.attention.standard import StandardAttention
 from quantlab.errors import ConfigError
+from quantlab.inspection.layers import ADAPTIVE
 
 if TYPE_CHECKING:
     from quantlab.models.configuration import QuantlabConfig
 
 EVALUATIONS_PER_STEP = {"euler": 1, "rk4": 4}
 """Evaluations of the block in a step of each solver with fixed steps."""
-ADAPTIVE = ("dopri5",)
-"""Solvers that choose their steps."""
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from quantlab.inspection.families import family_of
 from quantlab.inspection.folder import PICKLES, Folder, open_folder, refused_pickle
 from quantlab.inspection.gguf_header import read_gguf
 from quantlab.inspection.gguf_names import architecture_of, config_of, hf_name
+from quantlab.inspection.layers import layers_of
 from quantlab.inspection.precision import source_of_folder, source_of_gguf
 from quantlab.inspection.resolving import resolve
-from quantlab.inspection.shapes import check_shapes, linears_of
+from quantlab.inspection.shapes import check_one_block, check_shapes, linears_of
 from quantlab.packaged import is_packaged
 
 __all__ = ["CheckpointInfo", "content_hash", "inspect_checkpoint", "inspect_low_bit", "is_of", "resolve"]
@@ -140,6 +141,7 @@ def _inspect_folder(path: Path, name: str, folder: Folder, *, trust_remote_code:
     quantization = folder.config.get("quantization_config")
     tensors = unpacked(folder.tensors, quantization, path)
     info = _info(path, "huggingface", name, model_type, folder.config, tensors, source, folder.weights)
+    check_one_block(folder.tensors, layers_of(folder.config, sizes_of(folder.config, path)), path)
     return replace(info, carries=source[1]) if source[0] == f"quantlab {source[1]}" else info
 
 
@@ -168,9 +170,10 @@ def _info(
     files: tuple[Path, ...],
 ) -> CheckpointInfo:
     sizes = sizes_of(config, path)
+    layers = layers_of(config, sizes)
     variant = str(config.get("variant", "standard")) if model_type == OURS else None
     family = family_of(model_type, variant)
-    vocab_size = check_shapes(tensors, sizes, family, path)
+    vocab_size = check_shapes(tensors, sizes, layers, family, path)
     architectures = config.get("architectures")
     return CheckpointInfo(
         path=path,
@@ -185,7 +188,7 @@ def _info(
         num_parameters=sum(prod(shape) for _, shape in tensors.values()),
         source_precision=source[0],
         source_scheme=source[1],
-        linears=linears_of(tensors, sizes, family),
+        linears=linears_of(tensors, layers, family),
         vocab_size=vocab_size,
         files=files,
     )

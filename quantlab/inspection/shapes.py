@@ -6,12 +6,12 @@ and embeddings of names unknown here, and layers past the last, some of which it
 """
 
 import re
-from collections.abc import Mapping
-from math import inf
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from quantlab.errors import CheckpointError
 from quantlab.inspection.families import Family
+from quantlab.inspection.layers import Layers
 
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embed", "embeddings",
               "tokens_embed", "w")  # fmt: skip
@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 Tensors = Mapping[str, tuple[str, Shape]]
 
 
-def check_shapes(tensors: Tensors, sizes: Sizes, family: Family, path: Path) -> int:
+def check_shapes(tensors: Tensors, sizes: Sizes, layers: Layers, family: Family, path: Path) -> int:
     """Hold the tensors' shapes against the config; returns the rows of the input embedding.
 
     Where it goes by a name that is not known here they are the config's vocab_size, or 0 where it has none.
@@ -32,8 +32,8 @@ def check_shapes(tensors: Tensors, sizes: Sizes, family: Family, path: Path) -> 
     Raises:
         CheckpointError: a tensor that disagrees, or a layer that is missing.
     """
-    _check_layers(tensors, sizes, path)
-    _check_counts(tensors, sizes, path)
+    _check_layers(tensors, layers, path)
+    _check_counts(tensors, sizes, layers, path)
     predicted = _predicted(sizes, family)
     rows = sizes.get("vocab_size", 0)
     for name, (_, shape) in tensors.items():
@@ -50,41 +50,57 @@ def check_shapes(tensors: Tensors, sizes: Sizes, family: Family, path: Path) -> 
     return rows
 
 
-def linears_of(tensors: Tensors, sizes: Sizes, family: Family) -> dict[str, tuple[int, int]]:
+def check_one_block(names: Iterable[str], layers: Layers, path: Path) -> None:
+    """Where one block serves all layers, the weights of no other are stored: the model would not read them.
+
+    Raises:
+        CheckpointError: some are.
+    """
+    for name in names if layers.share_a_block else ():
+        if (layer := _LAYER.search(name)) and name.endswith(".weight") and int(layer[1]):
+            raise CheckpointError(
+                f"tensors must agree with the config: {path} has one block for all layers, stored as layer 0, but "
+                f"holds {name!r} too."
+            )
+
+
+def linears_of(tensors: Tensors, layers: Layers, family: Family) -> dict[str, tuple[int, int]]:
     """Module name in the loaded model -> (out_features, in_features) of every matrix in its decoder layers."""
     prefix = f"{family.base_prefix}." if family.base_prefix else ""
-    num_layers = sizes.get("num_hidden_layers", inf)
     linears = {}
     for name, (_, shape) in tensors.items():
         layer = _LAYER.search(name)
         if not name.endswith(".weight") or len(shape) != 2 or layer is None:
             continue
         # Stored past the last layer are those that predict further tokens, which the model does not have.
-        if int(layer[1]) < num_layers:
+        for index in layers.of_stored(int(layer[1])):
+            own = f"{name[: layer.start(1)]}{index}{name[layer.end(1) :]}"
             rows, columns = shape[::-1] if family.transposed_linears else shape
-            linears[prefix + name.removeprefix(prefix).removesuffix(".weight")] = (rows, columns)
+            linears[prefix + own.removeprefix(prefix).removesuffix(".weight")] = (rows, columns)
     return linears
 
 
-def _check_layers(tensors: Tensors, sizes: Sizes, path: Path) -> None:
-    """Every layer from 0 to num_hidden_layers - 1 is there, where layers go by a name that is known here."""
+def _check_layers(tensors: Tensors, layers: Layers, path: Path) -> None:
+    """Every layer that a checkpoint stores is there, where layers go by a name that is known here."""
     found = {int(match[1]) for name in tensors if (match := _LAYER.search(name))}
-    missing = set(range(sizes.get("num_hidden_layers", 0))) - found
+    missing = set(range(layers.num_stored or 0)) - found
     if found and missing:
         raise CheckpointError(
-            f"tensors must agree with the config: {path} has num_hidden_layers {sizes['num_hidden_layers']}, but "
+            f"tensors must agree with the config: {path} has num_hidden_layers {layers.num_in_model}, but "
             f"layer {min(missing)} is missing."
         )
 
 
-def _check_counts(tensors: Tensors, sizes: Sizes, path: Path) -> None:
+def _check_counts(tensors: Tensors, sizes: Sizes, layers: Layers, path: Path) -> None:
     """A layer has a tensor, an expert a tensor or a row of one: a model of more is not built to find that out."""
     widest = max((size for _, shape in tensors.values() for size in shape), default=0)
+    counts = {"num_hidden_layers": layers.num_stored or 0, "num_experts": sizes.get("num_experts", 0)}
     bounds = {"num_hidden_layers": len(tensors), "num_experts": max(len(tensors), widest)}
     for size, bound in bounds.items():
-        if sizes.get(size, 0) > bound:
+        if counts[size] > bound:
             raise CheckpointError(
-                f"tensors must agree with the config: {path} has {size} {sizes[size]}, but tensors for {bound} at most."
+                f"tensors must agree with the config: {path} has {size} {counts[size]}, but tensors for {bound} at "
+                "most."
             )
     for name, (_, shape) in tensors.items():
         positions = sizes.get("max_position_embeddings", shape[0] if shape else 0)

@@ -20,8 +20,10 @@ def with_floats(
     own = carried.own
     kept = {name: _tensor(raw, name) for name in raw.tensors if name not in own}
     added = {name: kept.pop(f"{name}.bias") for name in _without_bias(skeleton) if f"{name}.bias" in kept}
+    stored = skeleton.state_dict().keys()
     for name, owner in carried.linears.items():
-        if owner is not None:
+        # Where one block serves all layers, it is read under its first name.
+        if owner is not None and f"{name}.weight" in stored:
             shape = skeleton.get_parameter(f"{name}.weight").shape
             kept[f"{name}.weight"] = torch.zeros(1, dtype=dtype).expand(shape)
     model, report = model_class.from_pretrained(
