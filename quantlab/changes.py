@@ -6,13 +6,16 @@ whatever is not quantized counts with 16 bits a value, also in a model that is c
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-__all__ = ["Change", "Changes"]
+__all__ = ["Change", "Changes", "places"]
 
 UNTOUCHED_BITS = 16
 """Bits of a value that stays as it is, whatever dtype it is computed in."""
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+"""A number in a dotted name; the first is the layer's."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Change:
     """Bits of the whole matrix when packed, with its scales and zero points (`bits` each)."""
     in_decoder: bool = True
     """Whether it belongs to a decoder layer; only such weights enter the shares."""
+    note: str = ""
+    """What its method did otherwise than asked, such as a fallback; empty where it ran as asked."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,23 @@ class Changes:
         return (sum(row.storage_bits for row in self.rows) + rest * UNTOUCHED_BITS + 7) // 8
 
     def table(self) -> list[dict[str, Any]]:
-        """The rows with layer numbers written as `*` and equal ones counted: `count`, then the fields of `Change`."""
-        counts: Counter[tuple[tuple[str, Any], ...]] = Counter()
+        """The rows with layer numbers written as `*` and equal ones counted: `count`, then the fields of `Change`.
+
+        A row with a note says of which layers it is, as in `layers: "0, 3-7"`, and keeps the numbers of experts; other
+        rows have neither field.
+        """
+        alike: dict[tuple[tuple[str, Any], ...], list[str]] = {}
         for row in self.rows:
-            name = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.name)
-            counts[tuple((asdict(row) | {"name": name}).items())] += 1
-        return [{"count": count, **dict(fields)} for fields, count in counts.items()]
+            name = _NUMBER.sub("*", row.name, count=1 if row.note else 0)
+            fields = asdict(row) | {"name": name}
+            if not row.note:
+                del fields["note"]
+            alike.setdefault(tuple(fields.items()), []).append(row.name)
+        rows = [{"count": len(names)} | dict(fields) for fields, names in alike.items()]
+        for row, names in zip(rows, alike.values(), strict=True):
+            if "note" in row and (layers := _layers(names)):
+                row["layers"] = layers
+        return rows
 
     def summary(self) -> dict[str, Any]:
         """A JSON-ready object with everything that a record keeps."""
@@ -95,3 +111,33 @@ class Changes:
 
     def _decoder_weights(self) -> list[Change]:
         return [row for row in self.rows if row.in_decoder and row.num_weights]
+
+
+def places(names: Iterable[str]) -> str:
+    """Where linears are, for people: `layers 0, 3-7: mlp.down_proj, mlp.up_proj; layer 9: self_attn.q_proj`."""
+    by_kind: dict[str, list[str]] = {}
+    for name in names:
+        by_kind.setdefault(_NUMBER.sub("*", name, count=1), []).append(name)
+    by_layers: dict[str, list[str]] = {}
+    for kind, members in by_kind.items():
+        by_layers.setdefault(_layers(members), []).append(kind.rpartition("*.")[2])
+    return "; ".join(
+        f"{_counted(layers)}{', '.join(dict.fromkeys(kinds))}" for layers, kinds in by_layers.items()
+    )
+
+
+def _counted(layers: str) -> str:
+    if not layers:
+        return ""
+    return f"layer {layers}: " if layers.isdigit() else f"layers {layers}: "
+
+
+def _layers(names: Iterable[str]) -> str:
+    """Numbers of the layers that these names are of, rising, runs joined: `0, 3-7`; empty outside layers."""
+    runs: list[tuple[int, int]] = []
+    for number in sorted({int(found[0]) for name in names if (found := _NUMBER.search(name))}):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], number)
+        else:
+            runs.append((number, number))
+    return ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from quantlab.calibration.statistics import LinearStats
 from quantlab.changes import Change
 from quantlab.errors import CalibrationError
 from quantlab.kernels.choice import choose_kernel
@@ -20,6 +19,7 @@ from quantlab.numerics.block import BlockTensor
 from quantlab.numerics.static import Fixed, static_range
 from quantlab.schemes import Scheme
 from quantlab.solving.asked import Asked
+from quantlab.solving.seen import Inputs
 from quantlab.transforms.bias import correct_bias
 from quantlab.transforms.edit import Undo, replace_
 
@@ -32,7 +32,7 @@ class Work:
 
     asked: Asked
     solved: Mapping[str, Solved] = field(default_factory=dict)
-    stats: Mapping[str, LinearStats] = field(default_factory=dict)
+    inputs: Inputs = field(default_factory=dict)
 
 
 def swap_linear(model: nn.Module, target: Target, work: Work, undo: Undo) -> Change:
@@ -64,12 +64,13 @@ def swap_linear(model: nn.Module, target: Target, work: Work, undo: Undo) -> Cha
     why = Scheme(weights, scheme.activations).name
     if weights is not None and solved is not None and scheme.method != "rtn":
         why += f"-{scheme.method}"
-    why = ": ".join(filter(None, (why, reason, solved.note if solved else "")))
+    why = ": ".join(filter(None, (why, reason)))
     bits = 16 if weights is None else weights.bits
     if solved is not None and isinstance(solved.quantized, BlockTensor):
         # Of the type that is stored, which may be another than the one asked for.
         bits = solved.quantized.bits
-    return Change(target.name, "swapped", why, bits, target.num_weights, kernel, storage_bits)
+    note = solved.note if solved else ""
+    return Change(target.name, "swapped", why, bits, target.num_weights, kernel, storage_bits, note=note)
 
 
 def stays(target: Target, skip: Sequence[str]) -> Change:
@@ -92,7 +93,7 @@ def corrected(linear: nn.Module, target: Target, work: Work) -> torch.Tensor | N
     solved = work.solved.get(target.tied_to or target.name)
     if "bias" not in work.asked.scheme.transforms or solved is None:
         return None
-    mean_I = work.stats[target.name].to(weight_of(linear).device).mean_I
+    mean_I = work.inputs[target.name].mean_I.to(weight_of(linear).device)
     return correct_bias(weight_of(linear), solved.quantized.dequantize(), linear.bias, mean_I)  # type: ignore[arg-type]
 
 
@@ -101,7 +102,7 @@ def _fixed(name: str, work: Work, device: torch.device) -> Fixed | None:
     spec = work.asked.scheme.activations
     if spec is None or not spec.static:
         return None
-    stats = work.stats[name]
+    stats = work.inputs[name]
     if stats.num_tokens == 0:
         raise CalibrationError(
             f"static scales need inputs that calibration has seen: no token reached {name}. Calibrate on more text, "

@@ -108,14 +108,20 @@ def _quantized_rows(cell: Cell) -> list[tuple[Entry, ...]]:
     for row in quantization.get("table") or []:
         count, weights = row.get("count", 1), row.get("num_weights") or 0
         modules = (
-            text(row.get("name")),
+            text(_places(row), limit=200),
             number(count, 0, cell.ref),
             text(row.get("action")),
-            prose(row.get("why")),
+            prose(": ".join(str(row[name]) for name in ("why", "note") if row.get(name))),
         )
         sizes = (number(row.get("bits"), 0, cell.ref), number(count * weights, 0, cell.ref))
         rows.append((*start, *modules, *sizes, text(row.get("kernel"))))
     return rows or [(*start, *[Entry()] * 7)]
+
+
+def _places(row: Mapping[str, Any]) -> str:
+    """Names of modules; where a method took another way, the layers too."""
+    name = str(row.get("name") or "")
+    return f"{name}, layers {row['layers']}" if row.get("layers") else name
 
 
 def _shares(shares: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import quantlab
+from quantlab.changes import places
 from quantlab.config import QuantizeConfig
 from quantlab.export.formats import Format
 from quantlab.export.job import ExportJob
@@ -83,11 +84,8 @@ def recipe(facts: CardFacts, origin: Origin) -> dict[str, Any]:
 
 
 def _notes_of_codes(job: ExportJob) -> list[str]:
-    """What methods did otherwise than asked, each with the linears that it is of."""
+    """What methods did otherwise than asked, each with the layers and linears that it is of."""
     linears: dict[str, list[str]] = {}
     for name, note in job.codes.notes.items():
         linears.setdefault(note, []).append(name)
-    return [
-        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {note}"
-        for note, names in linears.items()
-    ]
+    return [f"{note} ({places(names)})" for note, names in linears.items()]

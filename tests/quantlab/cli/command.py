@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from quantlab.cli import main
+from tests.toys import toy_model, toy_tokenizer
 
 ROOT = Path(__file__).parents[3]
 FAST = ["--sequence-length", "32", "--num-sequences", "2"]
@@ -40,3 +42,20 @@ def children_cpu_s() -> float:
     """CPU time of the processes that have ended: on a busy machine the wall clock says nothing about a command."""
     times = os.times()
     return times.children_user + times.children_system
+
+
+def calibrated(folder: Path, num_sequences: int, sequence_length: int) -> list[str]:
+    """Options that calibrate on so much text, with the cache in the folder."""
+    text = {"num_sequences": num_sequences, "sequence_length": sequence_length}
+    settings = {f"text.{name}": value for name, value in text.items()} | {"cache": folder / "calibration"}
+    return [part for name, value in settings.items() for part in ("--set", f"calibration.{name}={value}")]
+
+
+def with_a_dead_channel(folder: Path) -> Path:
+    """A toy checkpoint of four layers where one input of layer 2's down_proj is always 0."""
+    model = toy_model("llama", num_hidden_layers=4)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[5] = 0
+    model.save_pretrained(folder)
+    toy_tokenizer().save_pretrained(folder)
+    return folder

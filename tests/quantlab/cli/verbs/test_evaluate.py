@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.quantlab.cli.command import FAST, quantlab, result_of
+from tests.quantlab.cli.command import FAST, calibrated, quantlab, result_of, with_a_dead_channel
 
 
 def test_evaluate_prints_scores_with_their_uncertainty_and_reuses_its_record(
@@ -95,3 +95,18 @@ def test_hessian_reaches_the_methods(
     assert [key[0] for key in keys] == ["shared", "sequential"] and keys[0][1] != keys[1][1]
     code, _, err = quantlab(capsys, *command, "--hessian", "both")
     assert code == 2 and "'shared' or 'sequential'" in err
+
+
+def test_a_fallback_is_named_with_its_layer_in_the_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", with_a_dead_channel(tmp_path / "toy"), "--scheme", "w4g32-gptq"]
+    options = ["--tasks", "perplexity", *FAST, *calibrated(tmp_path, 8, 32)]
+    result = result_of(capsys, *command, *options, "--out", tmp_path / "run")
+    table = json.loads(Path(result["record"]).read_text(encoding="utf-8"))["result"]["quantization"]["table"]
+    noted = [row for row in table if "note" in row]
+    assert [(row["count"], row["name"], row["layers"], row["note"]) for row in noted] == [
+        (1, "model.layers.*.mlp.down_proj", "2", "gptq: 1 dead input channels take their nearest codes")
+    ]
+    plain = [row for row in table if row["name"] == "model.layers.*.mlp.down_proj" and "note" not in row]
+    assert [(row["count"], row["why"], "layers" in row) for row in plain] == [(3, "w4g32-gptq", False)]
