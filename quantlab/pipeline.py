@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from quantlab.checks import check, export_folder
 from quantlab.config import CheckpointConfig, ProfileConfig, RunConfig
 from quantlab.data.text import text_blocks
-from quantlab.errors import ConfigError, RecordError
+from quantlab.errors import ConfigError, RecordError, SchemeError
 from quantlab.inspection.precision import stored_precision
 from quantlab.records import Record, check_writable, read_record, read_records
 from quantlab.schemes import Scheme
@@ -119,19 +119,39 @@ def evaluate_cell(
     ) as changes:
         # A folder of low-bit weights carries a scheme of its own, which decides on the layout as any other.
         carried = checkpoint.scheme or scheme
-        scores = {
-            task: TASKS[task](checkpoint, carried, config.evaluation, advance)
-            for task in config.evaluation.tasks
-        }
+        scores, shares = {}, {}
+        for task in config.evaluation.tasks:
+            scores[task] = TASKS[task](checkpoint, carried, config.evaluation, advance)
+            shares[task] = _cached_share(model, carried, task)
         outliers = outlier_columns(model)
     result: dict[str, Any] = {
         "quantization": changes.summary(),
         **({"calibration": calibrator.summary()} if calibrator else {}),
         **({"outlier_columns": outliers} if outliers else {}),
+        **({"cached_share": shares} if any(shares.values()) else {}),
         "attention": _attention(checkpoint, sites=bool(carried.sites or carried.head_sites)),
         **{task: score.summary() for task, score in scores.items()},
     }
     return result, {task: score.items() for task, score in scores.items()}
+
+
+def _cached_share(model: Any, scheme: Scheme, task: str) -> float | None:
+    """Of what queries read during a task, the share that came from the quantized cache; None without a window.
+
+    Raises:
+        SchemeError: nothing did.
+    """
+    from quantlab.layers.kv_cache import cached_share_
+
+    share = cached_share_(model)
+    if share == 0:
+        assert scheme.cache is not None
+        raise SchemeError(
+            f"{scheme.name} leaves the last {scheme.cache.window} tokens as they are, so some text must be longer: "
+            f"none of {task} is, and nothing was quantized. Take a shorter window, longer blocks "
+            "(evaluation.perplexity.sequence_length), or leave the task out."
+        )
+    return None if share is None else round(share, 6)
 
 
 def _attention(checkpoint: "Checkpoint", *, sites: bool) -> str:

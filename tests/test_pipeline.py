@@ -223,11 +223,13 @@ def test_a_calibrated_scheme_says_what_made_it_and_is_solved_once(toy_folder: Pa
 
 
 def test_a_setting_of_methods_changes_the_keys_of_its_own_schemes_only(toy_folder: Path) -> None:
+    reading = ["w4-bias", "w4a8ts", "w4z-hqq-bias", "a8ts"]
+
     def keys(**quantize: Any) -> list[str]:
         config = build_config(
             {
                 "checkpoints": [{"path": str(toy_folder)}],
-                "schemes": ["w4", "w4-gptq", "w4-awq", "w4-rotate", "w4-mixed"],
+                "schemes": ["w4", "w4-gptq", "w4-awq", "w4-rotate", "w4-mixed", *reading],
                 "profile": None,
                 "evaluation": EVALUATION,
                 "quantize": {"widths": {"*.o_proj": "w8"}} | quantize,
@@ -240,13 +242,14 @@ def test_a_setting_of_methods_changes_the_keys_of_its_own_schemes_only(toy_folde
     changes = [
         ({"methods": {"gptq": {"damping": 0.05}}}, [1]),
         ({"methods": {"awq": {"clip": False}}}, [2]),
-        ({"methods": {"hessian": "sequential"}}, [1, 2]),
+        # biases and static scales of models with quantized weights follow it too
+        ({"methods": {"hessian": "sequential"}}, [1, 2, 5, 6, 7]),
         ({"transforms": {"rotate_seed": 1}}, [3]),
         ({"widths": {"*.v_proj": "w8"}}, [4]),
     ]
     for quantize, changed in changes:
         found = keys(**quantize)
-        assert [index for index in range(5) if found[index] != plain[index]] == changed, quantize
+        assert [index for index in range(9) if found[index] != plain[index]] == changed, quantize
 
 
 def test_calibration_and_perplexity_take_different_texts(toy_folder: Path) -> None:
@@ -281,6 +284,17 @@ def test_outlier_columns_are_reported(checkpoint: Checkpoint, toy_folder: Path) 
     q = found["model.layers.0.self_attn.q_proj"]
     # four endings of nine documents, each with its context by itself, and five blocks of text
     assert q["sequences"] == 4 * 9 + 5 and 1 <= q["mean"] <= q["most"]
+
+
+def test_what_was_read_of_the_cache_is_recorded_and_nothing_is_refused(
+    checkpoint: Checkpoint, toy_folder: Path
+) -> None:
+    config = _config(toy_folder)
+    result, _ = pipeline.evaluate_cell(checkpoint, Scheme.parse("kv4u4"), config, lambda units: None)
+    assert list(result["cached_share"]) == ["hellaswag", "perplexity"]
+    assert all(0 < share < 1 for share in result["cached_share"].values())
+    with pytest.raises(SchemeError, match=r"kv4u4000 leaves the last 4000 .*: none of hellaswag is"):
+        pipeline.evaluate_cell(checkpoint, Scheme.parse("kv4u4000"), config, lambda units: None)
 
 
 WIDTHS = [

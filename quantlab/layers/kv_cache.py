@@ -29,7 +29,7 @@ from quantlab.numerics.static import Fixed
 from quantlab.schemes import TensorSpec
 from quantlab.schemes.places import CACHE_GROUP
 
-__all__ = ["CachedHeads", "round_by_channel"]
+__all__ = ["CachedHeads", "cached_share_", "round_by_channel"]
 
 
 class CachedHeads(nn.Module):
@@ -46,16 +46,45 @@ class CachedHeads(nn.Module):
         if spec.granularity == "channel" and fixed is None:
             per_token = TensorSpec(spec.bits, "row", symmetric=spec.symmetric)
         self.rounding = FakeQuant(per_token, "heads", fixed=fixed)
+        self.reads = torch.zeros(2, dtype=torch.float64)
+        """Pairs of a query and a token that it reads, of whole texts: older than the window, and all."""
 
     def forward(self, x: Tensor, tokens: Where) -> Tensor | Aged:
         """[B, K, T, d]: the cache's, or both where a window is unquantized."""
         past = round_by_channel(x, tokens.visible, self.spec) if self.by_channel else self.rounding(x, tokens)
-        return past if self.spec.window is None else Aged(x, past, self.spec.window)
+        if self.spec.window is None:
+            return past
+        self._count(tokens.visible.expand(len(x), -1, -1, -1), self.spec.window)
+        return Aged(x, past, self.spec.window)
+
+    def _count(self, visible: Tensor, window: int) -> None:
+        length_B = visible.sum((1, 2, 3)).double()
+        older_B = (length_B - window).clamp(min=0)
+        pairs_2 = torch.stack([(count * (count + 1) / 2).sum() for count in (older_B, length_B)])
+        self.reads = self.reads.to(pairs_2.device) + pairs_2
 
     def extra_repr(self) -> str:
         """What stands in the printed model: `keys, 4 bits, channel, window 128`."""
         window = "" if self.spec.window is None else f", window {self.spec.window}"
         return f"{self.what}, {self.spec.bits} bits, {self.spec.granularity}{window}"
+
+
+def cached_share_(model: nn.Module) -> float | None:
+    """Of what queries read since the last call, the share that was older than the window; None without a window.
+
+    Counts begin anew.
+    """
+    windows = [
+        module
+        for module in model.modules()
+        if isinstance(module, CachedHeads) and module.spec.window is not None
+    ]
+    if not windows:
+        return None
+    older, everything = sum((module.reads.cpu() for module in windows), torch.zeros(2)).tolist()
+    for module in windows:
+        module.reads = torch.zeros_like(module.reads)
+    return older / everything if everything else 0.0
 
 
 def round_by_channel(

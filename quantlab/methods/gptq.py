@@ -77,8 +77,8 @@ def _check(specs: Sequence[TensorSpec], config: GptqConfig) -> None:
     grouped = any(spec.group_size is not None for spec in specs)
     if grouped and config.act_order and not config.static_groups:
         raise ConfigError(
-            "act_order needs static_groups where weights have groups: groups along the reordered channels have no place "
-            "in the stored form. Set quantize.methods.gptq.static_groups=true, or act_order=false beside it."
+            "act_order needs static_groups where weights have groups: groups along the reordered channels have no "
+            "place in the stored form. Set quantize.methods.gptq.static_groups=true, or act_order=false beside it."
         )
 
 

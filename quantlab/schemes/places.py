@@ -36,6 +36,8 @@ class Place:
     """Those that calibration can fix."""
     always_named: bool = False
     """Whether the default granularity is written too."""
+    by_itself: tuple[Granularity, ...] | None = None
+    """Those that need neither calibration nor a window; None for all."""
 
 
 _WITHIN_HEADS: tuple[Granularity, ...] = ("row", "tensor", "head", "channel", "group")
@@ -50,7 +52,7 @@ PLACES = {
     "q": Place("query", "queries", _WITHIN_HEADS, _FIXED),
     "k": Place("key", "keys", _WITHIN_HEADS, _FIXED),
     "v": Place("value", "values", _WITHIN_HEADS, _FIXED),
-    "kv": Place("cache", "keys and values of the cache", _WITHIN_HEADS, _FIXED),
+    "kv": Place("cache", "keys and values of the cache", _WITHIN_HEADS, _FIXED, by_itself=("row", "group")),
     "l": Place("logits", "attention logits", _MAP, always_named=True),
     "p": Place("probs", "attention probabilities", _MAP, always_named=True),
     "e": Place("effective", "effective attention maps", _MAP, always_named=True),
@@ -66,11 +68,15 @@ def explained() -> dict[str, str]:
         "..z ..s": "after the granularity: with zero points; static, from calibration",
         "..m1 ..m2": "of l and p: only the added, or only the subtracted map of differential attention",
         "..uN": "of kv: each query sees its last N keys and values unquantized",
+        "kvNcuM": f"keys of the cache per channel and {CACHE_GROUP} tokens, values per token (KIVI); M is at least "
+        f"{CACHE_GROUP}",
+        "..16": "untouched, and left out of the name: w16 alone is the baseline",
     }
 
 
 def _explained(place: Place) -> str:
-    letters = [f"{LETTER_OF[each]}{'N' if each == 'group' else ''} {each}" for each in place.granularities]
+    offered = place.by_itself or place.granularities
+    letters = [f"{LETTER_OF[each]}{'N' if each == 'group' else ''} {each}" for each in offered]
     default = "always named" if place.always_named else f"{letters[0].split()[0]} if left out"
     static = f"; static: {', '.join(LETTER_OF[g] for g in place.static)}" if place.static else ""
     return f"{place.what}, N bits (2 to 8), one scale per {', '.join(letters)} ({default}){static}"

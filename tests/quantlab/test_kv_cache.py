@@ -14,7 +14,7 @@ from probes import attention
 from probes.attention import attention_sites
 from probes.maps import DifferentialMaps, MapRule
 from probes.sites import attention_layers
-from quantlab.layers.kv_cache import CachedHeads, round_by_channel
+from quantlab.layers.kv_cache import CachedHeads, cached_share_, round_by_channel
 from quantlab.schemes import Scheme, TensorSpec
 from tests.quantlab.test_site_schemes import MODELS, extremes, ids, logits_of, model_of, refused, under
 from tests.toys import toy_model
@@ -170,6 +170,22 @@ def test_a_window_as_long_as_the_text_changes_no_bit(variant: str) -> None:
         shorter = logits_of(model, tokens)
     assert torch.equal(shorter[:, :89], plain[:, :89])
     assert not torch.equal(shorter[:, 89], plain[:, 89])
+
+
+def test_what_is_read_of_the_quantized_cache_is_counted() -> None:
+    """A query at position i reads i + 1 tokens, of which i + 1 - 24 are old; padding is none."""
+    model, tokens = model_of("llama"), ids(2, 90)
+    mask = torch.ones_like(tokens)
+    mask[1, :50] = 0
+    with under(model, "kv4u24"):
+        assert cached_share_(model) == 0.0
+        logits_of(model, tokens)
+        assert cached_share_(model) == pytest.approx((66 * 67) / (90 * 91))
+        with torch.no_grad():
+            model(tokens, attention_mask=mask)
+        assert cached_share_(model) == pytest.approx((66 * 67 + 16 * 17) / (90 * 91 + 40 * 41))
+    with under(model, "kv4"):
+        assert cached_share_(model) is None
 
 
 @pytest.mark.parametrize("variant", MODELS)

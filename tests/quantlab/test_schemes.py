@@ -1,5 +1,6 @@
 """Scheme names: built from numbers, parsed back, and refused in one sentence when they cannot be honoured."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,8 +11,19 @@ from hypothesis import strategies as st
 
 from quantlab.errors import SchemeError
 from quantlab.methods.formats import FORMATS
-from quantlab.schemes import METHODS, SCHEMES, TRANSFORMS, WEIGHT_FORMATS, Scheme, TensorSpec, check_shapes
+from quantlab.schemes import (
+    METHODS,
+    SCHEMES,
+    TRANSFORMS,
+    WEIGHT_FORMATS,
+    Scheme,
+    TensorSpec,
+    check_shapes,
+    places,
+)
 from quantlab.schemes.catalogue import FORMATS_TO_COME, explained
+from quantlab.schemes.places import PLACES
+from quantlab.schemes.spec import LETTER_OF
 
 
 def _specs(*granularities: str, static: tuple[str, ...] = ()) -> st.SearchStrategy[TensorSpec | None]:
@@ -307,3 +319,13 @@ def test_group_size_must_divide() -> None:
 def test_schemes_need_no_torch() -> None:
     code = "import sys, quantlab.schemes; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("letter", PLACES)
+def test_what_the_letters_offer_can_be_asked_for(letter: str) -> None:
+    place, line = PLACES[letter], places.explained()[f"{letter}N"]
+    dynamic, _, static = line.partition("; static: ")
+    offered = re.findall(r"(?:per|,) (\w+) (?:row|channel|tensor|head|group)", dynamic)
+    assert offered == [LETTER_OF[g] + "N" * (g == "group") for g in place.by_itself or place.granularities]
+    for grain in [*offered, *(f"{each}s" for each in static.split(", ") if each)]:
+        assert Scheme.parse(f"{letter}4{grain.replace('N', '32')}")
