@@ -26,7 +26,7 @@ from torch import nn
 
 from probes.attention import attention_sites
 from quantlab.calibration.calibrator import Calibrator
-from quantlab.calibration.statistics import AttentionStats, LinearStats
+from quantlab.calibration.statistics import AttentionStats
 from quantlab.changes import Change, Changes
 from quantlab.config import QuantizeConfig
 from quantlab.layers.sites import FoundSite, find_outputs, find_sites, swap_output, swap_site, turn_heads_
@@ -38,6 +38,7 @@ from quantlab.schemes import TRANSFORMS, Scheme, TensorSpec, WeightFormat
 from quantlab.solutions import SolutionStore
 from quantlab.solving.asked import Asked
 from quantlab.solving.model import solve_model, solve_one_by_one
+from quantlab.solving.seen import Inputs
 from quantlab.swapping import Work, corrected, stays, swap_linear
 from quantlab.transforms.apply import guard_of, transform_
 from quantlab.transforms.edit import Undo, restore
@@ -111,8 +112,8 @@ class Prepared:
     """Codes of one linear."""
     bias: Callable[[str, Solved], torch.Tensor | None]
     """The bias [O] that a linear has beside these codes, where the scheme corrects biases; else None."""
-    stats: Mapping[str, LinearStats]
-    """Statistics of inputs, where the scheme needs them."""
+    stats: Inputs
+    """What biases and static scales are made of, where the scheme needs it."""
     attention: Mapping[str, AttentionStats]
     """Ranges of queries, keys and values, where the scheme needs them."""
     notes: tuple[str, ...]

@@ -139,6 +139,11 @@ class Scheme:
         return needs
 
     @property
+    def reads_inputs(self) -> bool:
+        """Whether inputs of linears decide more than codes: a corrected bias, or a static scale of these inputs."""
+        return "bias" in self.transforms or (self.activations is not None and self.activations.static)
+
+    @property
     def sites(self) -> dict[str, TensorSpec]:
         """What is quantized of attention maps, by the name of its site."""
         specs = {"attn_logits": self.logits, "attn_probs": self.probs, "attn_effective": self.effective}

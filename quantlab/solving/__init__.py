@@ -6,5 +6,7 @@
     together.solve_together      the same for several schemes of one method at once: GPTQ shares one factorization
     sequential.solve_sequential  each layer sees inputs that come out of layers that were quantized already
 
+and with `hessian: sequential` gives what linears see behind these codes (`seen`), for biases and static scales.
+
 A linear's grid is the scheme's, or where the scheme is `mixed` that of the last pattern of `widths` that matches it.
 """

@@ -12,6 +12,7 @@ from quantlab.solutions import SolutionStore
 from quantlab.solving.asked import Asked
 from quantlab.solving.kept import kept, kept_together
 from quantlab.solving.linear import Stats
+from quantlab.solving.seen import Inputs, seen_behind_codes
 from quantlab.solving.sequential import solve_sequential
 from quantlab.solving.together import solve
 from quantlab.transforms.activation_aware import scale_inputs_
@@ -29,8 +30,8 @@ def solve_model(
     done: str,
     store: SolutionStore | None,
     undo: Undo,
-) -> tuple[dict[str, Solved], Stats]:
-    """Codes of every target that is not to stay at 16 bits, and the statistics that they were found with.
+) -> tuple[dict[str, Solved], Inputs]:
+    """Codes of every target that is not to stay at 16 bits, and what biases and static scales are made of.
 
     Args:
         model: as the transforms of `done` have left it; AWQ's scales change it, which is noted in `undo`.
@@ -42,20 +43,11 @@ def solve_model(
         SchemeError: what the method says, with the name of the linear.
         CalibrationError: the text or the model cannot be calibrated.
     """
-    scheme = asked.scheme
-    stats: Stats = calibrator.linears(model, done) if calibrator and "inputs" in scheme.needs else {}
-    if scheme.weights is None or not targets:
+    stats = _statistics(model, targets, asked, calibrator, done, undo)
+    if asked.scheme.weights is None or not targets:
         return {}, stats
-    if scheme.method == "awq":
-        assert calibrator is not None
-        stats = _scale_for_awq_(model, targets, asked, calibrator, stats, undo)
-    if _is_layerwise(asked):
-        assert calibrator is not None
-        walk = (calibrator.ids_NT, calibrator.batch_size, calibrator.accumulate)
-        return kept(store, asked, lambda: solve_sequential(model, targets, asked, *walk)), stats
-    if scheme.method == "gptq" and store is not None:
-        return kept_together(model, targets, asked, stats, store), stats
-    return solve(model, targets, asked, _read(asked, stats)), stats
+    solved = _solve(model, targets, asked, calibrator, stats, store)
+    return solved, _inputs(model, solved.get, asked, calibrator, stats)
 
 
 def solve_one_by_one(
@@ -65,21 +57,72 @@ def solve_one_by_one(
     calibrator: Calibrator | None,
     done: str,
     undo: Undo,
-) -> tuple[Callable[[str], Solved], Stats]:
+) -> tuple[Callable[[str], Solved], Inputs]:
     """As `solve_model`, but codes of a linear are found when its name is given, so that few are in memory at a time.
 
     Methods that learn whole layers find all codes at once.
     """
     if _is_layerwise(asked):
-        solved, stats = solve_model(model, targets, asked, calibrator, done, None, undo)
-        return solved.__getitem__, stats
-    stats = calibrator.linears(model, done) if calibrator and "inputs" in asked.scheme.needs else {}
-    if asked.scheme.method == "awq":
-        assert calibrator is not None
-        stats = _scale_for_awq_(model, targets, asked, calibrator, stats, undo)
+        solved, inputs = solve_model(model, targets, asked, calibrator, done, None, undo)
+        return solved.__getitem__, inputs
+    stats = _statistics(model, targets, asked, calibrator, done, undo)
     by_name = {target.name: target for target in targets}
     read = _read(asked, stats)
-    return lambda name: solve(model, [by_name[name]], asked, read)[name], stats
+
+    def codes(name: str) -> Solved | None:
+        return solve(model, [by_name[name]], asked, read).get(name) if name in by_name else None
+
+    inputs = _inputs(model, codes, asked, calibrator, stats)
+    return lambda name: solve(model, [by_name[name]], asked, read)[name], inputs
+
+
+def _statistics(
+    model: nn.Module,
+    targets: Sequence[Target],
+    asked: Asked,
+    calibrator: Calibrator | None,
+    done: str,
+    undo: Undo,
+) -> Stats:
+    """Statistics of the 16-bit model where the scheme needs them, AWQ's scales made on it."""
+    stats: Stats = calibrator.linears(model, done) if calibrator and "inputs" in asked.scheme.needs else {}
+    if asked.scheme.method != "awq" or not targets:
+        return stats
+    assert calibrator is not None
+    return _scale_for_awq_(model, targets, asked, calibrator, stats, undo)
+
+
+def _solve(
+    model: nn.Module,
+    targets: Sequence[Target],
+    asked: Asked,
+    calibrator: Calibrator | None,
+    stats: Stats,
+    store: SolutionStore | None,
+) -> dict[str, Solved]:
+    """Codes by the way that the method asks for."""
+    if _is_layerwise(asked):
+        assert calibrator is not None
+        walk = (calibrator.ids_NT, calibrator.batch_size, calibrator.accumulate)
+        return kept(store, asked, lambda: solve_sequential(model, targets, asked, *walk))
+    if asked.scheme.method == "gptq" and store is not None:
+        return kept_together(model, targets, asked, stats, store)
+    return solve(model, targets, asked, _read(asked, stats))
+
+
+def _inputs(
+    model: nn.Module,
+    codes: Callable[[str], Solved | None],
+    asked: Asked,
+    calibrator: Calibrator | None,
+    stats: Stats,
+) -> Inputs:
+    """What biases and static scales are made of: statistics of the 16-bit model, or of what quantized layers give."""
+    scheme = asked.scheme
+    if asked.config.methods.hessian == "shared" or scheme.weights is None or not scheme.reads_inputs:
+        return stats
+    assert calibrator is not None
+    return seen_behind_codes(model, codes, calibrator, correct="bias" in scheme.transforms)
 
 
 def _is_layerwise(asked: Asked) -> bool:

@@ -109,10 +109,12 @@ def made_of_weights(scheme: Scheme, config: RunConfig, data: Mapping[str, str]) 
     if scheme.needs:
         settings = config.calibration.model_dump(mode="json", exclude=_ELSEWHERE)
         made["calibration"] = settings | {"data": data["calibration"]}
-    if scheme.method != "rtn":
-        own = getattr(methods, scheme.method, None)
-        settings = {} if own is None else own.model_dump(mode="json")
-        made["method"] = settings | ({"hessian": methods.hessian} if METHODS[scheme.method].needs else {})
+    own = getattr(methods, scheme.method, None)
+    settings = {} if own is None else own.model_dump(mode="json")
+    if METHODS[scheme.method].needs or (scheme.weights is not None and scheme.reads_inputs):
+        settings |= {"hessian": methods.hessian}
+    if scheme.method != "rtn" or settings:
+        made["method"] = settings
     if set(scheme.transforms) - {"bias"}:
         made["transforms"] = config.quantize.transforms.model_dump(mode="json")
     if scheme.mixed:
