@@ -36,8 +36,7 @@ def write_folder(config: "RunConfig") -> dict[str, Any]:
     from quantlab import pipeline
     from quantlab.progress import counted
 
-    assert config.export is not None
-    with counted(f"writing {config.export.scheme}") as advance:
+    with counted(f"writing {config.export.scheme if config.export else 'nothing'}") as advance:
         return pipeline.export(config, advance)
 
 

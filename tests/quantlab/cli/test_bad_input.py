@@ -137,6 +137,7 @@ EARLY: dict[str, tuple[Breakage, str]] = {
     "export's scheme": (_quantize("--scheme", "l8t"), "compressed-tensors cannot hold scheme l8t"),
     "unknown format": (_quantize("--scheme", "w8", "--format", "gguff"), "unknown format 'gguff'"),
     "export exists": (_existing_export, "--overwrite"),
+    "no export": (_quantize("--scheme", "w8", "--set", "export=null"), "needs the section 'export'"),
     "records nowhere": (
         _quantize("--scheme", "w8", "--records", "nowhere"),
         "nowhere has no folder 'records'",
