@@ -1,5 +1,6 @@
 """Results as tables for people at a terminal; `--json` prints the same values whole."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from rich.table import Table
 
 from quantlab.records import Record
 
+_MOST_NOTES = 8
+"""Notes that are printed; the others are where the result is."""
 _MAGNITUDES = ("top1", "top2", "top3", "top10", "top100", "median", "top1_over_median")
 
 
@@ -41,14 +44,15 @@ def profile_table(record: Record, path: Path) -> Group:
 
 
 def score_table(record: Record, path: Path) -> Group:
-    """Scores with n, standard errors and 95% intervals; below, what was quantized and how it was read."""
+    """Scores with n, standard errors and 95% intervals; below, what was quantized, notes, and how it was read."""
     table = Table("task", "score", "value", "stderr", "95% interval", "n", box=None, pad_edge=False)
     for row in _score_rows(record.result):
         table.add_row(*row)
-    shares = record.result["quantization"]["share_by_bits"]
-    widths = ", ".join(f"{share:.1%} at {bits} bits" for bits, share in shares.items())
+    quantization = record.result["quantization"]
+    widths = ", ".join(f"{share:.1%} at {bits} bits" for bits, share in quantization["share_by_bits"].items())
     lines = [
-        f"scheme {record.made_by['scheme']}: decoder weights {widths}; embeddings and lm_head at 16 bits"
+        f"scheme {record.made_by['scheme']}: decoder weights {widths}; embeddings and lm_head at 16 bits",
+        *_shown(notes_of(quantization), "in the record"),
     ]
     if hellaswag := record.result.get("hellaswag"):
         lines.append(f"BOS {escape(hellaswag['bos'])}; context shared: {escape(hellaswag['sharing_reason'])}")
@@ -75,11 +79,29 @@ def run_table(records: Sequence[Record], result: Mapping[str, Any]) -> Group:
     return Group(table, *exported, f"report: {escape(result['report'])}")
 
 
-def export_table(summary: Mapping[str, Any]) -> Table:
-    """What was written and how large it is."""
-    return listing(
-        "export", {name: str(value) for name, value in summary.items() if not isinstance(value, list)}
+def export_table(summary: Mapping[str, Any]) -> Group:
+    """What was written and how large it is; below, what methods and transforms have to say."""
+    written = {name: str(value) for name, value in summary.items() if not isinstance(value, list)}
+    return Group(listing("export", written), *_shown(summary["notes"], "in README.md"))
+
+
+def notes_of(quantization: Mapping[str, Any]) -> list[str]:
+    """What transforms have to say, then each note of linears once, with how many they are, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for row in quantization.get("table", ()):
+        if note := row.get("note"):
+            counts[note] += row["count"]
+    of_linears = (
+        f"{note} ({count} {'linear' if count == 1 else 'linears'})" for note, count in counts.most_common()
     )
+    return [*quantization.get("notes", ()), *of_linears]
+
+
+def _shown(notes: Sequence[str], rest: str) -> list[str]:
+    """A line for each of the first notes; `rest` says where the others are."""
+    lines = [f"note: {escape(note)}" for note in notes[:_MOST_NOTES]]
+    more = len(notes) - len(lines)
+    return [*lines, f"and {more} more notes {rest}"] if more else lines
 
 
 def _score_rows(result: Mapping[str, Any]) -> list[list[str]]:

@@ -54,10 +54,10 @@ def quantize_weights(
         ConfigError: act_order with groups but without static_groups.
     """
     _check(specs, config.gptq)
-    gram_II = gram_of("gptq", weight_OI, stats)
+    gram_II, lack = gram_of("gptq", weight_OI, stats)
     check_weights(weight_OI)
     feedback = feedback_of(gram_II, damping=config.gptq.damping, act_order=config.gptq.act_order)
-    note = "; ".join((*_shortage(stats), *feedback.notes))
+    note = "; ".join(filter(None, (lack, *feedback.notes)))
     weight_OI = weight_OI.detach().float()
     static = [spec for spec in specs if config.gptq.static_groups or spec.group_size is None]
     together = iter(_solve_static(weight_OI, static, feedback, scale_dtype, config.gptq))
@@ -80,17 +80,6 @@ def _check(specs: Sequence[TensorSpec], config: GptqConfig) -> None:
             "act_order needs static_groups where weights have groups: groups along the reordered channels have no "
             "place in the stored form. Set quantize.methods.gptq.static_groups=true, or act_order=false beside it."
         )
-
-
-def _shortage(stats: LinearStats | None) -> tuple[str, ...]:
-    """What there is to say of too little calibration."""
-    assert stats is not None, "`gram_of` refuses this"
-    size = len(stats.gram_II)
-    if stats.num_tokens >= size:
-        return ()
-    return (
-        f"gptq: {stats.num_tokens} tokens for {size} input channels: rank-deficient, damping decides the rest",
-    )
 
 
 def _solve_static(

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantlab.methods.needs import UNSEEN
-
 __all__ = ["RAISED_DAMPING", "Feedback", "feedback_of"]
 
 RAISED_DAMPING = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -35,7 +33,7 @@ class Feedback:
     """d of the original channels, float32, largest 1, 0 for dead ones: what a squared rounding error at a channel costs
     once all channels after it have made good what they can."""
     notes: tuple[str, ...]
-    """Fallbacks taken, in words."""
+    """Fallbacks taken, in words; none where every channel is dead, which `needs` says."""
 
 
 def feedback_of(gram_II: Tensor, *, damping: float, act_order: bool) -> Feedback:
@@ -57,7 +55,7 @@ def feedback_of(gram_II: Tensor, *, damping: float, act_order: bool) -> Feedback
     if act_order:
         order_I = diagonal_I.argsort(descending=True, stable=True)
     if count == len(gram_II):
-        notes, factor_II, note = (), torch.eye(len(gram_II)).to(gram_II), UNSEEN
+        notes, factor_II, note = (), torch.eye(len(gram_II)).to(gram_II), ""
     else:
         factor_II, note = _climb(_ordered(gram_II, order_I, dead_I), damping)
     roots_I = factor_II.diagonal()

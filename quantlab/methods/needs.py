@@ -5,14 +5,14 @@ from torch import Tensor
 from quantlab.calibration.statistics import LinearStats
 from quantlab.errors import SchemeError
 
-__all__ = ["UNSEEN", "gram_of", "second_moments", "unit_gram"]
+__all__ = ["UNSEEN", "gram_of", "second_moments", "shortage", "unit_gram"]
 
 UNSEEN = "rtn: every input was 0 in calibration, or no token reached this layer"
 """Note of a method that had nothing to go by: its codes are the nearest on full ranges."""
 
 
-def gram_of(method: str, weight_OI: Tensor, stats: LinearStats | None) -> Tensor:
-    """X^T X as it is, [I, I], once it is known to be there, of this matrix's inputs, and finite.
+def gram_of(method: str, weight_OI: Tensor, stats: LinearStats | None) -> tuple[Tensor, str]:
+    """X^T X as it is, [I, I], once it is known to be there, of this matrix's inputs, and finite; a note of its lack.
 
     Raises:
         SchemeError: no statistics, of another width, or not finite.
@@ -35,19 +35,26 @@ def gram_of(method: str, weight_OI: Tensor, stats: LinearStats | None) -> Tensor
             f"X^T X must be finite: found NaN or infinity at input channel {channel} of {gram_II.shape[0]}. Look for "
             "the first layer with such activations (quantlab profile), or calibrate in float32."
         )
-    return gram_II
+    if gram_II.diagonal().max() <= 0:
+        return gram_II, UNSEEN
+    return gram_II, shortage(method, stats.num_tokens, len(gram_II))
+
+
+def shortage(method: str, num_tokens: int, in_features: int) -> str:
+    """Note of inputs that are fewer than their channels, so that directions are unseen; empty where they are not."""
+    if num_tokens >= in_features:
+        return ""
+    return f"{method}: {num_tokens} tokens for {in_features} input channels: rank-deficient"
 
 
 def second_moments(method: str, weight_OI: Tensor, stats: LinearStats | None) -> tuple[Tensor, str]:
-    """diag(X^T X) over its largest value, [I] float32, and a note where no input was seen. Raises as `gram_of`."""
+    """diag(X^T X) over its largest value, [I] float32, and the note of `gram_of`. Raises as that."""
     gram_II, note = unit_gram(method, weight_OI, stats)
     return gram_II.diagonal(), note
 
 
 def unit_gram(method: str, weight_OI: Tensor, stats: LinearStats | None) -> tuple[Tensor, str]:
-    """X^T X over its largest diagonal value, [I, I] float32; a note where no input was seen. Raises as `gram_of`."""
-    gram_II = gram_of(method, weight_OI, stats)
+    """X^T X over its largest diagonal value, [I, I] float32, and the note of `gram_of`. Raises as that."""
+    gram_II, note = gram_of(method, weight_OI, stats)
     largest = gram_II.diagonal().max()
-    if largest <= 0:
-        return gram_II.float(), UNSEEN
-    return (gram_II / largest).float(), ""
+    return (gram_II / largest if largest > 0 else gram_II).float(), note

@@ -1,6 +1,6 @@
 """What a weight method makes of one matrix."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantlab.numerics.affine import QuantizedTensor
 from quantlab.numerics.block import BlockTensor
@@ -19,3 +19,7 @@ class Solved:
     quantized: Quantized
     note: str = ""
     """Every fallback that was taken, in words for the record; empty where the method ran as asked."""
+
+    def noted(self, note: str) -> "Solved":
+        """The same with a further note in front, where there is one."""
+        return replace(self, note="; ".join(filter(None, (note, self.note))))

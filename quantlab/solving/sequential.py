@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from probes.hooks import watch
+from quantlab.calibration.collect import check_weights
 from quantlab.calibration.stream import BlockStep, batches, walk_blocks
 from quantlab.calibration.watcher import Watcher
 from quantlab.layers.targets import Target
 from quantlab.methods.autoround import tune_layer
+from quantlab.methods.needs import shortage
 from quantlab.methods.solved import Solved
 from quantlab.schemes import TensorSpec
 from quantlab.solving.asked import Asked
@@ -81,6 +83,7 @@ def _learn(step: BlockStep, names: Sequence[str], asked: Asked, batch_size: int)
     grids = {name: spec for name, spec in specs.items() if isinstance(spec, TensorSpec)}
     if not grids:
         return {}
+    check_weights(step)
     wanted_NTD = torch.empty_like(step.inputs_NTD)
     with torch.no_grad():
         for start, stop in batches(len(wanted_NTD), batch_size):
@@ -92,9 +95,14 @@ def _learn(step: BlockStep, names: Sequence[str], asked: Asked, batch_size: int)
         wanted_NTD,
         config=asked.config.methods.autoround,
         scale_dtype=asked.scale_dtype,
+        name=step.name,
     )
     step.outputs_NTD = wanted_NTD
-    return {prefix + name: solved for name, solved in found.items()}
+    num_tokens = step.inputs_NTD.shape[:2].numel()
+    return {
+        prefix + name: solved.noted(shortage("autoround", num_tokens, solved.quantized.codes.shape[1]))
+        for name, solved in found.items()
+    }
 
 
 def _put_in(model: nn.Module, name: str, solved: Solved, undo: Undo) -> None:

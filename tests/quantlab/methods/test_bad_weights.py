@@ -196,3 +196,11 @@ def test_a_layer_that_no_token_reached_is_rounded_and_says_so(name: str) -> None
     (solved,) = METHODS[name](weight, [spec], stats_of(torch.zeros(1, 64)))
     assert "every input was 0 in calibration" in solved.note
     assert torch.equal(solved.quantized.codes, rtn.quantize_weight(weight, spec).codes)
+
+
+@pytest.mark.parametrize("name", NEED_STATS)
+def test_fewer_tokens_than_inputs_are_said(name: str) -> None:
+    weight, spec = heavy_tailed(), TensorSpec(4, "group", 16)
+    few, enough = (METHODS[name](weight, [spec], stats_of(inputs_of(tokens=T)))[0].note for T in (63, 64))
+    assert few.startswith(f"{name}: 63 tokens for 64 input channels: rank-deficient")
+    assert "rank-deficient" not in enough

@@ -110,3 +110,29 @@ def test_a_fallback_is_named_with_its_layer_in_the_record(
     ]
     plain = [row for row in table if row["name"] == "model.layers.*.mlp.down_proj" and "note" not in row]
     assert [(row["count"], row["why"], "layers" in row) for row in plain] == [(3, "w4g32-gptq", False)]
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "wclip", "autoround"])
+def test_too_few_tokens_are_said_in_the_record_and_once_below_the_scores(
+    method: str, toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["--set", "quantize.methods.autoround.num_steps=2", *calibrated(tmp_path, 1, 16)]
+    command = ["evaluate", toy_folder, "--scheme", f"w4g32-{method}", "--tasks", "perplexity", *FAST, *short]
+    code, out, err = quantlab(capsys, *command, "--out", tmp_path / "run")
+    assert code == 0, err
+    few = {size: f"{method}: 16 tokens for {size} input channels: rank-deficient" for size in (64, 96)}
+    (record,) = (tmp_path / "run/records").glob("*.json")
+    table = json.loads(record.read_text(encoding="utf-8"))["result"]["quantization"]["table"]
+    linears = [row for row in table if row["action"] == "swapped"]
+    for row in linears:
+        assert few[96 if row["name"].endswith("down_proj") else 64] in row["note"] and row["layers"]
+    if method != "autoround":  # which says of each layer how far it came
+        assert [out.count(f"{few[64]} (12 linears)"), out.count(f"{few[96]} (2 linears)")] == [1, 1]
+
+
+def test_nothing_is_said_below_the_scores_where_nothing_is_to_say(
+    toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", toy_folder, "--scheme", "w4g32-wclip", "--tasks", "perplexity", *FAST]
+    code, out, err = quantlab(capsys, *command, *calibrated(tmp_path, 4, 32), "--out", tmp_path / "run")
+    assert code == 0 and "linears)" not in out, err
