@@ -26,7 +26,7 @@ from quantlab.calibration.watcher import SITES, Watcher
 from quantlab.errors import CalibrationError
 from quantlab.layers.targets import find_targets
 
-__all__ = ["calibrate", "collect_blocks", "watched_steps"]
+__all__ = ["calibrate", "check_weights", "collect_blocks", "watched_steps"]
 
 
 def calibrate(
@@ -102,7 +102,7 @@ def watched_steps(
         for step in walk_blocks(model, ids_NT, batch_size=batch_size, source=source):
             if step.name == first_layer:
                 _check_finite(step.inputs_NTD, "the output of the embeddings", "activations")
-            _check_weights(step)
+            check_weights(step)
             watchers = []
             for first, last in parts:
                 watcher = None if is_known(step.name) else Watcher(step, linears, attention, accumulate)
@@ -130,7 +130,8 @@ def _run(
     _check_finite(step.inputs_NTD[spans[0][0] : spans[-1][1]], f"the output of {step.name}", "activations")
 
 
-def _check_weights(step: BlockStep) -> None:
+def check_weights(step: BlockStep) -> None:
+    """Refuse a layer with NaN or Inf among its parameters, the first one named."""
     for name, parameter in step.layer.named_parameters():
         _check_finite(parameter, f"{step.name}.{name}", "weights")
 

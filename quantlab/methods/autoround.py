@@ -13,6 +13,7 @@ on the sequences that are compared.
 Source: Cheng et al. 2023, arXiv:2309.05516, algorithm 1. O outputs, I inputs, N sequences, T tokens, D channels.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ def tune_layer(
     *,
     config: AutoRoundConfig,
     scale_dtype: torch.dtype = torch.float32,
+    name: str = "layer",
 ) -> dict[str, Solved]:
     """Codes of a decoder layer's linears; the layer itself is as before afterwards.
 
@@ -57,16 +59,20 @@ def tune_layer(
         wanted_NTD: the outputs that are aimed at.
         config: steps, batch and step size.
         scale_dtype: dtype that scales are rounded to before codes are chosen.
+        name: the layer's dotted name, for messages.
 
     Raises:
         SchemeError: as `rtn.quantize_weight`; the output is not finite.
     """
+    num_bad = int((~wanted_NTD.isfinite()).sum())
+    if num_bad:
+        raise _not_finite(f"that of {name} holds {num_bad} NaN or Inf among {wanted_NTD.numel()} values")
     N = len(wanted_NTD)
     rate = config.learning_rate or 1 / config.num_steps
     generator = torch.Generator().manual_seed(config.seed)
     compared = torch.randperm(N, generator=generator)[:_COMPARED].tolist()
-    with torch.enable_grad(), _learning(layer, specs, scale_dtype) as learners:
-        best = _Best(learners)
+    with torch.enable_grad(), _learning(layer, specs, scale_dtype, name) as learners:
+        best = _Best(name, learners)
         for step in range(config.num_steps + 1):
             if step % _EVERY == 0 or step == config.num_steps:
                 best.offer(_error(run, wanted_NTD, compared, config.batch_size), step)
@@ -131,6 +137,7 @@ class _Learner(nn.Module):
 
 
 def _loss(run: Callable[[Sequence[int]], Tensor], wanted_NTD: Tensor, numbers: Sequence[int]) -> Tensor:
+    """What is learned from; where it or its gradient overflows, NaN has the sign 0 and moves nothing."""
     outputs = run(numbers).float()
     return F.mse_loss(outputs, wanted_NTD[list(numbers)].to(outputs.device).float())
 
@@ -152,39 +159,60 @@ def _move_(learners: Iterable[_Learner], loss: Tensor, rate: float) -> None:
 class _Best:
     """The codes with the least error that were seen."""
 
+    name: str
     learners: Mapping[str, _Learner]
-    least: float = float("inf")
+    least: float = 0.0
     first: float = 0.0
 
     def offer(self, error: float, step: int) -> None:
         """Keep the codes as they are now where they are better."""
-        if error != error or error == float("inf"):
-            raise SchemeError(
-                f"the output of every layer must be finite to learn its rounding: found {error}. Use another method."
-            )
         if step == 0:
-            self.first = error
+            if not math.isfinite(error):
+                raise _not_finite(f"that of {self.name} is not with its weights rounded to nearest")
+            self.first = self.least = error
             self.codes = {
                 name: quantize_weight(weight_of(each.linear), each.spec, scale_dtype=each.scale_dtype)
                 for name, each in self.learners.items()
             }
         elif error < self.least:
+            self.least = error
             self.codes = {name: learner.quantized() for name, learner in self.learners.items()}
-        self.least = min(self.least, error)
 
 
 @torch.no_grad()
 def _error(
     run: Callable[[Sequence[int]], Tensor], wanted_NTD: Tensor, numbers: Sequence[int], size: int
 ) -> float:
-    """Mean squared error of the outputs of these sequences."""
-    parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
-    return sum(float(_loss(run, wanted_NTD, part)) * len(part) for part in parts) / len(numbers)
+    """Mean squared error of the outputs of these sequences; finite where they are: float64 holds squares of float32."""
+    total = 0.0
+    for start in range(0, len(numbers), size):
+        part = list(numbers[start : start + size])
+        outputs = run(part)
+        wanted = wanted_NTD[part].to(outputs.device)
+        total += float((outputs.double() - wanted.double()).square().mean()) * len(part)
+    return total / len(numbers)
+
+
+def _not_finite(what: str) -> SchemeError:
+    return SchemeError(
+        f"the output of every layer must be finite to learn its rounding: {what}. Use a wider dtype (--dtype float32), "
+        "or a method without data: rtn, clip, hqq."
+    )
+
+
+@contextmanager
+def _said_of(name: str) -> Iterator[None]:
+    """Complaints about a matrix go with its name."""
+    try:
+        yield
+    except SchemeError as error:
+        error.add_note(f"in {name}")
+        raise
 
 
 @contextmanager
 def _learning(
-    layer: nn.Module, specs: Mapping[str, TensorSpec], scale_dtype: torch.dtype
+    layer: nn.Module, specs: Mapping[str, TensorSpec], scale_dtype: torch.dtype, layer_name: str
 ) -> Iterator[dict[str, _Learner]]:
     """The layer with learners in the place of its linears, for the span of the block."""
     undo: Undo = []
@@ -192,7 +220,9 @@ def _learning(
     try:
         for name, spec in specs.items():
             linear = layer.get_submodule(name)
-            learners[name] = _Learner(linear, spec, scale_dtype)
+            with _said_of(f"{layer_name}.{name}"):
+                learners[name] = _Learner(linear, spec, scale_dtype)
+                learners[name].grid()
             replace_(layer, linear, learners[name], undo)
         yield learners
     finally:

@@ -111,5 +111,46 @@ def test_the_same_seed_gives_the_same_codes(layer: Layer, inputs: Tensor) -> Non
 
 def test_outputs_that_are_not_finite_are_refused(layer: Layer, inputs: Tensor) -> None:
     inputs[3, 2, 1] = torch.inf
-    with pytest.raises(SchemeError, match="output of every layer must be finite to learn its rounding"):
+    # the residual, and what every channel of the linears reads of it
+    with pytest.raises(
+        SchemeError,
+        match="must be finite to learn its rounding: that of layer holds 32 NaN or Inf among 3840",
+    ):
         tuned(layer, inputs, "w4")
+
+
+def test_outputs_that_rounding_makes_infinite_are_refused(layer: Layer, inputs: Tensor) -> None:
+    with pytest.raises(SchemeError, match=r"that of h\.1 is not with its weights rounded to nearest"):
+        tune_layer(
+            layer,
+            {"down": spec_of("w4")},
+            lambda numbers: torch.full_like(inputs[list(numbers)], torch.inf),
+            inputs,
+            config=CONFIG,
+            name="h.1",
+        )
+
+
+def test_finite_outputs_whose_squares_overflow_are_taken_and_never_get_worse(
+    layer: Layer, inputs: Tensor
+) -> None:
+    layer.down.weight.data[3, 4] = 1e38
+    inputs[..., 4] = 0.01
+    layer.up.bias.data[4] = 0.02
+    assert bool(layer(inputs).isfinite().all()) and float(layer(inputs).abs().max()) > 1e36
+    found = tuned(layer, inputs, "w4")
+    assert all(bool(weight.isfinite().all()) for weight in found.values())
+    nearest = {
+        each: quantize_weight(layer.get_submodule(each).weight, spec_of("w4")).dequantize()  # type: ignore[arg-type]
+        for each in ("up", "down")
+    }
+    wide, large = layer.double(), inputs.double()
+    errors = [error(wide, large, {k: w.double() for k, w in each.items()}) for each in (found, nearest)]
+    assert errors[0] <= errors[1]
+
+
+def test_a_matrix_that_is_refused_is_named(layer: Layer, inputs: Tensor) -> None:
+    layer.down.weight.data[1, 2] = torch.nan
+    with pytest.raises(SchemeError, match="weights must be finite") as caught:
+        tune_layer(layer, {"down": spec_of("w4")}, lambda numbers: inputs, inputs, config=CONFIG, name="h.1")
+    assert caught.value.__notes__ == ["in h.1.down"]

@@ -1,9 +1,13 @@
 """Layer by layer: what each layer's codes are found on."""
 
+from contextlib import nullcontext
+
+import pytest
 import torch
 
 from quantlab.calibration.calibrator import Calibrator
 from quantlab.config import QuantizeConfig
+from quantlab.errors import CalibrationError, SchemeError
 from quantlab.layers.linear import QuantLinear
 from quantlab.methods.config import AutoRoundConfig, MethodConfig
 from quantlab.methods.gptq import quantize_weights
@@ -56,3 +60,35 @@ def test_learned_rounding_sees_the_inputs_that_a_rotated_linear_sees() -> None:
             errors.append(float((run(model, ids(6)) - before).norm() / before.norm()))
     assert errors[1] < errors[0]
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+OUTLIERS = [
+    # one weight, and whether its layer gives finite outputs
+    ("1.mlp.up_proj", 1e38, None),
+    ("0.mlp.up_proj", 1e38, None),
+    ("0.self_attn.v_proj", 3e38, r"output of every layer must be finite .*: that of model\.layers\.0 holds"),
+    (
+        "1.mlp.up_proj",
+        float("nan"),
+        r"weights must be finite.*: model\.layers\.1\.mlp\.up_proj\.weight holds 1 NaN",
+    ),
+    (
+        "0.input_layernorm",
+        float("inf"),
+        r"weights must be finite.*: model\.layers\.0\.input_layernorm\.weight holds 1",
+    ),
+]
+
+
+@pytest.mark.parametrize("name", ["w4g32-autoround", "w4g32z-autoround"])
+@pytest.mark.parametrize(("place", "value", "message"), OUTLIERS)
+def test_learned_rounding_names_what_is_not_finite_and_takes_what_is(
+    name: str, place: str, value: float, message: str | None
+) -> None:
+    model = model_of()
+    model.get_submodule(f"model.layers.{place}").weight.data.view(-1)[3] = value
+    config = QuantizeConfig(methods=MethodConfig(autoround=AutoRoundConfig(num_steps=12, batch_size=3)))
+    refused = pytest.raises((SchemeError, CalibrationError), match=message) if message else nullcontext()
+    with refused, quantized(model, Scheme.parse(name), config, calibrator=calibrator()):
+        weights = [m.weight for m in model.modules() if isinstance(m, QuantLinear)]
+        assert all(bool(weight.isfinite().all()) for weight in weights)
