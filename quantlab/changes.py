@@ -89,11 +89,11 @@ class Changes:
             if not row.note:
                 del fields["note"]
             alike.setdefault(tuple(fields.items()), []).append(row.name)
-        rows = [{"count": len(names)} | dict(fields) for fields, names in alike.items()]
-        for row, names in zip(rows, alike.values(), strict=True):
-            if "note" in row and (layers := _layers(names)):
-                row["layers"] = layers
-        return rows
+        table = [{"count": len(names), **dict(fields)} for fields, names in alike.items()]
+        for entry, names in zip(table, alike.values(), strict=True):
+            if "note" in entry and (layers := _layers(names)):
+                entry["layers"] = layers
+        return table
 
     def summary(self) -> dict[str, Any]:
         """A JSON-ready object with everything that a record keeps."""
