@@ -54,6 +54,9 @@ def score_table(record: Record, path: Path) -> Group:
         f"scheme {record.made_by['scheme']}: decoder weights {widths}; embeddings and lm_head at 16 bits",
         *_shown(notes_of(quantization), "in the record"),
     ]
+    if shares := record.result.get("cached_share"):
+        read = ", ".join(f"{share:.1%} of {task}" for task, share in shares.items())
+        lines.append(f"read behind the window, from the quantized cache: {read}")
     if hellaswag := record.result.get("hellaswag"):
         lines.append(f"BOS {escape(hellaswag['bos'])}; context shared: {escape(hellaswag['sharing_reason'])}")
     return Group(table, *lines, *_origin(record, path))

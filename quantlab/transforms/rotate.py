@@ -152,7 +152,9 @@ def check_parts(model: nn.Module, parts: Sequence[str], what: str = "rotate") ->
         if part not in declared:
             why = f", since {graph.unrotated}" if part == "residual" and graph.unrotated else ""
             rest = [each for each in parts if each in declared]
-            instead = f", or rotate {' and '.join(rest)} alone (quantize.transforms.rotate_parts)" if rest else ""
+            instead = (
+                f", or rotate {' and '.join(rest)} alone (quantize.transforms.rotate_parts)" if rest else ""
+            )
             raise SchemeError(
                 f"{type(model).__name__} does not declare that its {part} may be rotated{why}. Leave {what} out"
                 f"{instead if what == 'rotate' or 'residual' in rest else ''}."

@@ -150,7 +150,11 @@ REFUSED: list[tuple[dict[str, Any], type[UserError], str]] = [
     ({"bits": 4.5, "widths": []}, ConfigError, "widths in options"),
     ({"bits": 4.5, "method": "magic"}, SchemeError, "weight method must be one of"),
     ({"bits": 4.5, "method": "magic", "widths": ["w16"]}, SchemeError, "weight method must be one of"),
-    ({"bits": 6.0, "method": "hqq", "widths": ["w8z", "w4g16"]}, SchemeError, "a symmetric grid has none. Add z"),
+    (
+        {"bits": 6.0, "method": "hqq", "widths": ["w8z", "w4g16"]},
+        SchemeError,
+        "a symmetric grid has none. Add z",
+    ),
 ]
 
 

@@ -300,7 +300,9 @@ def test_models_run_on_what_is_stored(name: str) -> None:
             assert torch.equal(linear.weight, solved.quantized.dequantize())
             assert row.storage_bits == solved.quantized.storage_bits(32)
             assert isinstance(solved.quantized, BlockTensor) and row.bits == solved.quantized.bits
-            assert solved.note == row.note and ("stored as" in row.note) == ("_k" in name and "q_proj" in place)
+            assert solved.note == row.note and ("stored as" in row.note) == (
+                "_k" in name and "q_proj" in place
+            )
         assert model(torch.arange(12).view(1, -1)).logits.isfinite().all()
 
 

@@ -136,3 +136,25 @@ def test_nothing_is_said_below_the_scores_where_nothing_is_to_say(
     command = ["evaluate", toy_folder, "--scheme", "w4g32-wclip", "--tasks", "perplexity", *FAST]
     code, out, err = quantlab(capsys, *command, *calibrated(tmp_path, 4, 32), "--out", tmp_path / "run")
     assert code == 0 and "linears)" not in out, err
+
+
+def test_a_window_says_what_was_read_behind_it(
+    toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Blocks of 32 tokens score 31; of 31 * 32 / 2 reads, 15 * 16 / 2 are older than 16 tokens: 24.2%."""
+    command = [
+        "evaluate",
+        toy_folder,
+        "--scheme",
+        "kv4u16",
+        "--tasks",
+        "perplexity",
+        *FAST,
+        "--out",
+        tmp_path,
+    ]
+    code, printed, err = quantlab(capsys, *command)
+    assert code == 0, err
+    assert "read behind the window, from the quantized cache: 24.2% of perplexity" in printed
+    code, _, err = quantlab(capsys, *command[:3], "kv4u64", *command[4:])
+    assert code == 2 and "kv4u64 leaves the last 64 tokens as they are" in err
