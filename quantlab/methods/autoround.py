@@ -64,14 +64,15 @@ def tune_layer(
     Raises:
         SchemeError: as `rtn.quantize_weight`; the output is not finite.
     """
-    num_bad = int((~wanted_NTD.isfinite()).sum())
-    if num_bad:
-        raise _not_finite(f"that of {name} holds {num_bad} NaN or Inf among {wanted_NTD.numel()} values")
     N = len(wanted_NTD)
     rate = config.learning_rate or 1 / config.num_steps
     generator = torch.Generator().manual_seed(config.seed)
     compared = torch.randperm(N, generator=generator)[:_COMPARED].tolist()
     with torch.enable_grad(), _learning(layer, specs, scale_dtype, name) as learners:
+        # Only now, since building the learners names weights that are not finite.
+        num_bad = int((~wanted_NTD.isfinite()).sum())
+        if num_bad:
+            raise _not_finite(f"that of {name} holds {num_bad} NaN or Inf among {wanted_NTD.numel()} values")
         best = _Best(name, learners)
         for step in range(config.num_steps + 1):
             if step % _EVERY == 0 or step == config.num_steps:
