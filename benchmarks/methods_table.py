@@ -2,7 +2,8 @@
 
     quantlab run configs/methods/weights.yaml
     quantlab run configs/methods/activations.yaml
-    python benchmarks/methods_table.py runs/methods-weights runs/methods-activations
+    quantlab run configs/methods/autoround.yaml
+    python benchmarks/methods_table.py runs/methods-weights runs/methods-activations runs/methods-autoround
 
 Perplexity with its 95% interval; the change of nats per token from 16 bits, paired by block; HellaSwag's acc_norm with
 its interval, and the change of the margin between the right ending and the best wrong one, paired by document. A task
@@ -17,9 +18,10 @@ from quantlab.config import load_config
 from quantlab.records import Record, read_items, read_record
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "methods"
+FILES = ("weights", "activations", "autoround")
 SCHEMES = [
     "w16",
-    *(name for file in ("weights", "activations") for name in load_config(CONFIGS / f"{file}.yaml").schemes),
+    *(name for file in FILES for name in load_config(CONFIGS / f"{file}.yaml").schemes),
 ]
 HEAD = (
     "| scheme | bits a weight | perplexity | nats a token over 16-bit | acc_norm % | change of margin |\n"
@@ -49,7 +51,7 @@ def main() -> None:
 
 
 def _place(scheme: str) -> tuple[int, str]:
-    """The order of the two configurations, weights first; others behind."""
+    """The order of the configurations, weights first; others behind."""
     return (SCHEMES.index(scheme) if scheme in SCHEMES else len(SCHEMES), scheme)
 
 
