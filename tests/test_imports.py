@@ -96,3 +96,13 @@ def test_importing_a_package_imports_nothing_heavy(package: str) -> None:
         f"import sys, {package}\nheavy = {{'torch', 'transformers', 'numpy', 'pandas'}} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code + "assert not heavy, heavy"], cwd=ROOT, check=True)
+
+
+def test_decoders_import_nothing_of_the_writers() -> None:
+    """The reading side shares no code with the writing one, so that a mistake in one is not repeated in the other."""
+    writing = ("quantlab.export.", "quantlab.methods.", "torch.", "transformers.")
+    files = sorted((ROOT / "quantlab" / "reading").rglob("*.py"))
+    assert len(files) > 10
+    for path in files:
+        wrong = {name for name in _imported(path) if f"{name}.".startswith(writing)}
+        assert not wrong, f"{path.name} imports {sorted(wrong)}"
