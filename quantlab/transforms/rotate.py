@@ -31,15 +31,12 @@ PARTS = ("residual", "values", "down")
 """What can be rotated."""
 
 
-def rotate_(
-    model: nn.Module, undo: Undo, *, seed: int = 0, parts: Sequence[str] = PARTS, turn: Turn | None = None
-) -> list[str]:
+def rotate_(model: nn.Module, undo: Undo, *, seed: int = 0, parts: Sequence[str] = PARTS) -> list[str]:
     """Rotate the parts of a model.
 
     Args:
         seed: of the random signs (and of the matrix itself, for sizes without a Hadamard matrix).
         parts: of `PARTS`.
-        turn: rotation of the residual stream in place of a random one: x [..., D] in float64 -> x Q.
 
     Returns:
         what there is to say: a head that was tied, a size without a Hadamard matrix.
@@ -51,11 +48,9 @@ def rotate_(
     generator, graph, notes = torch.Generator().manual_seed(seed), graph_for(model), []
     if "residual" in parts:
         notes += fold_residual_(model, undo)
-        if turn is None:
-            size = matrix_of(locate(model, _embedding_of(graph))[0]).shape[1]
-            turn = random_rotation(size, generator)
-            notes += _sizes(["residual stream"], [size])
-        rotate_residual_(model, turn, undo)
+        size = matrix_of(locate(model, _embedding_of(graph))[0]).shape[1]
+        notes += _sizes(["residual stream"], [size])
+        rotate_residual_(model, random_rotation(size, generator), undo)
     if "values" in parts:
         _rotate_values_(model, graph, generator, undo)
     if "down" in parts:
