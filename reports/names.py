@@ -14,7 +14,7 @@ BASELINE = "w16"
 
 _UNSEEN = {"Cc", "Cf", "Co", "Cs", "Cn", "Zl", "Zp"}
 _SHORT = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
-_PART = re.compile(r"(kv|[a-z])(\d+)((?:g\d+|[tcrhzs])*)")
+_PART = re.compile(r"(kv|[a-z])(\d+)((?:g\d+|[tmcrhzs])*)")
 _KINDS = {
     "w": "weights",
     "a": "activations",
@@ -30,6 +30,7 @@ _KINDS = {
 }
 _GRAINS = {
     "t": "per tensor",
+    "m": "per map",
     "c": "per channel",
     "r": "per row",
     "h": "per head",
@@ -149,8 +150,8 @@ def _parts(text: str) -> dict[str, tuple[int, str]]:
 
 
 def _grain(letter: str, modifiers: str) -> str:
-    named = re.findall(r"g\d+|[tcrhzs]", modifiers)
-    if not any(m[0] in "gtcrh" for m in named) and letter in _LEFT_OUT:
+    named = re.findall(r"g\d+|[tmcrhzs]", modifiers)
+    if not any(m[0] in "gtmcrh" for m in named) and letter in _LEFT_OUT:
         named = [_LEFT_OUT[letter], *named]
     return ", ".join(f"groups of {m[1:]}" if re.fullmatch(r"g\d+", m) else _GRAINS.get(m, m) for m in named)
 

@@ -48,22 +48,32 @@ class FakeQuant(nn.Module):
     """The fixed range, where there is one."""
 
     def __init__(
-        self, spec: TensorSpec, kind: Kind, *, fixed: Fixed | None = None, heads: Sequence[int] | None = None
+        self,
+        spec: TensorSpec,
+        kind: Kind,
+        *,
+        fixed: Fixed | None = None,
+        heads: Sequence[int] | None = None,
+        map_of_head: Sequence[int] | None = None,
     ) -> None:
         """What `kind` says is rounded.
 
         Args:
-            kind: "inputs", of a linear [.., T, C]; "heads", queries, keys or values [B, H, T, d]; "map", logits or
-                probabilities [B, H, q, t].
+            kind: "inputs", of a linear [.., T, C], and "lambdas"; "heads", queries, keys or values [B, H, T, d];
+                "map", logits or effective maps [B, H, q, t], and "probs", probabilities.
             fixed: the range of a static spec, from `numerics.static.static_range`.
             heads: of a map, those that are rounded and set the range; None for all.
+            map_of_head: where each map has a scale of its own, which map each head belongs to.
         """
         super().__init__()
         assert spec.static == (fixed is not None), "a static spec goes with a range"
+        assert (spec.granularity == "map") == (map_of_head is not None), "a scale per map goes with maps"
         self.spec, self.heads = spec, None if heads is None else list(heads)
         self.kind: Kind = kind
+        self.is_map = kind in ("map", "probs")
+        self.map_of_head = None if map_of_head is None else tuple(map_of_head)
         self.spans_tokens = -2 in spanned_dims(kind, spec) and fixed is None
-        self.spans_rows = kind == "map" and self.spans_tokens
+        self.spans_rows = self.is_map and self.spans_tokens
         self._range: Fixed | None = None
         low, high = fixed or (None, None)
         self.register_buffer("low", low, persistent=False)
@@ -80,7 +90,7 @@ class FakeQuant(nn.Module):
 
     def observe(self, x: Tensor, block: Where) -> None:
         """Widen the range by the visible values of one block of queries."""
-        low, high = dynamic_range(self._chosen(x), self.kind, self.spec, self._chosen(block.visible))
+        low, high = self._dynamic(self._chosen(x), self._chosen(block.visible))
         if self._range is not None:
             low, high = torch.minimum(low, self._range[0]), torch.maximum(high, self._range[1])
         self._range = low, high
@@ -98,8 +108,8 @@ class FakeQuant(nn.Module):
         return out
 
     def _rounded(self, x: Tensor, where: Where | None) -> Tensor:
-        rounded = fake_quantize_in_range(x, *self._find_range(x, where), self.spec)
-        return torch.where(where.visible, rounded, x) if where is not None and self.kind == "map" else rounded
+        rounded = fake_quantize_in_range(x, *self._find_range(x, where), self.spec, self.kind)
+        return torch.where(where.visible, rounded, x) if where is not None and self.is_map else rounded
 
     def _find_range(self, x: Tensor, where: Where | None) -> Fixed:
         if self.low is not None and self.high is not None:
@@ -109,8 +119,21 @@ class FakeQuant(nn.Module):
             assert self._range is not None, "a site whose scale spans rows must observe every block first"
             return self._range
         # Padding is asked for only where it could count: to find it, the whole mask may have to be evaluated.
-        counts = where is not None and (self.kind == "map" or self.spans_tokens)
-        return dynamic_range(x, self.kind, self.spec, where.visible if where is not None and counts else None)
+        counts = where is not None and (self.is_map or self.spans_tokens)
+        return self._dynamic(x, where.visible if where is not None and counts else None)
+
+    def _dynamic(self, x: Tensor, visible: Tensor | None) -> Fixed:
+        """The range of the values themselves; where maps have scales of their own, that of all heads of its map."""
+        low, high = dynamic_range(x, self.kind, self.spec, visible)
+        if self.map_of_head is None:
+            return low, high
+        assert len(self.map_of_head) == x.shape[1], "every head belongs to a map"
+        low, high = low.clone(), high.clone()
+        for which in set(self.map_of_head):
+            heads = [head for head, its in enumerate(self.map_of_head) if its == which]
+            low[:, heads] = low[:, heads].amin(1, keepdim=True)
+            high[:, heads] = high[:, heads].amax(1, keepdim=True)
+        return low, high
 
     def _check_heads(self, x: Tensor, low: Tensor) -> None:
         if self.kind == "heads" and (
@@ -135,10 +158,10 @@ class FakeQuant(nn.Module):
 class QuantOutput(nn.Module):
     """A module whose output, or the first of a tuple, is rounded; for the rest it is what it was."""
 
-    def __init__(self, inner: nn.Module, spec: TensorSpec) -> None:
+    def __init__(self, inner: nn.Module, spec: TensorSpec, kind: Kind = "inputs") -> None:
         """The output is [.., T, C]."""
         super().__init__()
-        self.inner, self.rounding = inner, FakeQuant(spec, "inputs")
+        self.inner, self.rounding = inner, FakeQuant(spec, kind)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives, rounded."""

@@ -22,6 +22,7 @@ from quantlab.layers.fake_quant import FakeQuant, QuantOutput
 from quantlab.layers.kv_cache import CachedHeads
 from quantlab.layers.rotated import HeadHadamard
 from quantlab.layers.targets import parents_of
+from quantlab.numerics.granularity import Kind
 from quantlab.numerics.static import Fixed, static_range
 from quantlab.schemes import Scheme, TensorSpec
 from quantlab.transforms.edit import Undo, replace_
@@ -94,21 +95,25 @@ def find_sites(
 
 
 def _at_map(scheme: Scheme, name: str, layer: nn.Module, site: str, spec: TensorSpec) -> FakeQuant:
-    """What rounds a map, or one of two."""
+    """What rounds both maps, each by itself, or one of them."""
     if not hasattr(layer, site):
         raise SchemeError(
             f"{scheme.name} quantizes effective maps, which exist where attention joins its maps before the values: "
             f"{name} ({type(layer).__name__}) joins none. Leave the part 'e' out."
         )
+    kind: Kind = "probs" if site == "attn_probs" else "map"
+    maps = map_of_head(layer)
+    if spec.granularity == "map":
+        return FakeQuant(spec, kind, map_of_head=maps)
     if spec.map is None:
-        return FakeQuant(spec, "map")
-    heads = [head for head, which in enumerate(map_of_head(layer)) if which == spec.map - 1]
-    if 1 not in map_of_head(layer):
+        return FakeQuant(spec, kind)
+    heads = [head for head, which in enumerate(maps) if which == spec.map - 1]
+    if 1 not in maps:
         raise SchemeError(
             f"{scheme.name} quantizes one of the two maps of differential attention: {name} "
             f"({type(layer).__name__}) subtracts none. Leave m{spec.map} out."
         )
-    return FakeQuant(spec, "map", heads=heads)
+    return FakeQuant(spec, kind, heads=heads)
 
 
 def _check_head_site(scheme: Scheme, name: str, layer: nn.Module, site: str, spec: TensorSpec) -> None:
@@ -220,6 +225,8 @@ def _head_width(layer: nn.Module) -> int | None:
 
 def swap_output(model: nn.Module, module: nn.Module, name: str, spec: TensorSpec, undo: Undo) -> Change:
     """Put a QuantOutput around one module."""
-    parts = Scheme(lambdas=spec) if name.endswith(".lambda_") else Scheme(hidden=spec)
-    replace_(model, module, QuantOutput(module, spec).train(module.training), undo)
+    is_lambda = name.endswith(".lambda_")
+    parts = Scheme(lambdas=spec) if is_lambda else Scheme(hidden=spec)
+    kind: Kind = "lambdas" if is_lambda else "inputs"
+    replace_(model, module, QuantOutput(module, spec, kind).train(module.training), undo)
     return Change(name, "swapped", parts.name, spec.bits, 0, "simulated")

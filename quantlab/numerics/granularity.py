@@ -14,6 +14,7 @@
                                     row           [B, H, T, d]      d        [B, H, T, 1]
                                     group         [B, H, T, d/g, g] g        [B, H, T, d/g, 1]
     attention map [B, H, Q, T]      tensor        [B, H, Q, T]      H, Q, T  [B, 1, 1, 1]
+                                    map           [B, H, Q, T]      Q, T     [B, H, 1, 1]; FakeQuant joins a map's
                                     head          [B, H, Q, T]      Q, T     [B, H, 1, 1]
                                     row           [B, H, Q, T]      T        [B, H, Q, 1]
 
@@ -27,20 +28,31 @@ from torch import Tensor
 from quantlab.errors import SchemeError
 from quantlab.schemes import Granularity, TensorSpec
 
-__all__ = ["Kind", "group_view", "spanned_dims"]
+__all__ = ["NEVER_NEGATIVE", "Kind", "group_view", "spanned_dims"]
 
-Kind = Literal["weight", "inputs", "heads", "map"]
+Kind = Literal["weight", "inputs", "lambdas", "heads", "map", "probs"]
+"""What sort of tensor: the dimensions that scales span follow from it, and whether the grid begins at 0."""
+NEVER_NEGATIVE: frozenset[Kind] = frozenset({"lambdas", "probs"})
+"""Kinds whose codes are 0 to 2^bits - 1 without a zero point."""
 
+_MAP: dict[Granularity, tuple[int, ...]] = {
+    "tensor": (-3, -2, -1),
+    "map": (-2, -1),
+    "head": (-2, -1),
+    "row": (-1,),
+}
 _SPANS: dict[Kind, dict[Granularity, tuple[int, ...]]] = {
     "weight": {"tensor": (-2, -1), "channel": (-1,), "group": (-1,)},
     "inputs": {"tensor": (-2, -1), "row": (-1,), "channel": (-2,), "group": (-1,)},
+    "lambdas": {"tensor": (-2, -1), "row": (-1,)},
     "heads": {"tensor": (-3, -2, -1), "head": (-2, -1), "channel": (-2,), "row": (-1,), "group": (-1,)},
-    "map": {"tensor": (-3, -2, -1), "head": (-2, -1), "row": (-1,)},
+    "map": _MAP,
+    "probs": _MAP,
 }
 
 
 def spanned_dims(kind: Kind, spec: TensorSpec) -> tuple[int, ...]:
-    """Dimensions of `group_view(x, spec)` that one scale spans, counted from the last."""
+    """Dimensions of `group_view(x, spec)` that one scale spans, counted from the last; per map, within a head."""
     return _SPANS[kind][spec.granularity]
 
 

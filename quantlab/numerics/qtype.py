@@ -4,7 +4,8 @@
     asymmetric   codes 0 .. 2^bits - 1 around a zero point: scale = (max - min) / (2^bits - 1)
 
 Weights may use the code -2^(bits-1), as integer formats do; activations and logits may not, so that their grid
-is its own mirror image.
+is its own mirror image. What is never negative (probabilities, lambda) has the codes 0 .. 2^bits - 1 without a zero
+point, which are those of a zero point at 0.
 """
 
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class QType:
 
     @classmethod
     def of_activations(cls, spec: TensorSpec) -> "QType":
-        """The grid of codes of inputs, logits and probabilities."""
+        """The grid of codes of inputs, of queries, keys and values, and of logits."""
         return cls(spec.bits, spec.symmetric)
 
     @property

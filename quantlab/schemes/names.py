@@ -2,7 +2,7 @@
 
 A part is a letter (`quantlab.schemes.places`), its bits (2 to 8; 16 means untouched and is left out) and its
 granularity (left out: the first one), then `z` for asymmetric (a zero point), `s` for static, `m1` or `m2` for one map
-of differential attention and `uN` for a window of unquantized keys. Case, order and extra dashes parse
+of differential attention alone and `uN` for a window of unquantized keys. Case, order and extra dashes parse
 (`W4A16-g128`, `A8-W8`); the canonical name is what is printed, recorded and compared.
 """
 
@@ -19,7 +19,7 @@ __all__ = ["read_name"]
 
 # No number of a scheme needs more digits; int() refuses thousands of them.
 _GROUP = "g[0-9]{1,6}"
-_WORDS = rf"{_GROUP}|u[0-9]{{1,6}}|m[12]|[tcrhzs]"
+_WORDS = rf"{_GROUP}|u[0-9]{{1,6}}|m[12]|[tmcrhzs]"
 _PART = re.compile(rf"(kv|[waqkvlpedx])([0-9]{{1,3}})((?:{_WORDS})*)")
 _MODIFIER = re.compile(_WORDS)
 
@@ -101,8 +101,8 @@ def _attach_group(word: str, parts: _Parts, text: str) -> None:
 
 def _build_spec(letter: str, bits: int, modifiers: Sequence[str], text: str) -> TensorSpec | None:
     """The spec of one part; None at 16 bits."""
-    grains = [modifier for modifier in modifiers if modifier[0] in LETTERS]
-    numbers = {kind: [m for m in modifiers if m[0] == kind] for kind in "mu"}
+    numbers = {kind: [m for m in modifiers if m[0] == kind and m != kind] for kind in "mu"}
+    grains = [m for m in modifiers if m[0] in LETTERS and m not in numbers["m"]]
     if len(grains) > 1 or len(set(modifiers)) < len(modifiers) or any(len(m) > 1 for m in numbers.values()):
         raise SchemeError(f"{letter}{bits} in {text!r} takes one granularity: found {''.join(modifiers)!r}.")
     if bits == 16:

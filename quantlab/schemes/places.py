@@ -6,11 +6,15 @@ q k v                           queries, keys and values as they enter the atten
                                 embedding): r token of a head, t sequence, h head, c channel, gN within a head
 kv  the cache of keys, values   r token of a head, gN within a head; c keys per channel in groups of 32 tokens
                                 and values per token; t, h only static
-l   attention logits            t tensor, h head, r query row; always named
-p   attention probabilities     as l
-e   effective maps              as l: A1 - lambda A2, where attention joins its maps before the values
-d   lambda of each token        r token (its heads), t sequence; diff_v2's
+l   attention logits            t tensor, m map (all heads of one of the two maps of differential attention, and
+                                everything where there is one), h head, r query row; always named
+p   attention probabilities     as l; never negative
+e   effective maps              t, h, r: A1 - lambda A2, where attention joins its maps before the values
+d   lambda of each token        r token (its heads), t sequence; diff_v2's, never negative
 x   outputs of decoder layers   as a: the residual stream after each layer
+
+What is never negative has codes 0 to 2^bits - 1 and scale = max / (2^bits - 1), so that no code stands for what cannot
+be; a zero point would be 0.
 """
 
 from dataclasses import dataclass
@@ -38,11 +42,14 @@ class Place:
     """Whether the default granularity is written too."""
     by_itself: tuple[Granularity, ...] | None = None
     """Those that need neither calibration nor a window; None for all."""
+    never_negative: bool = False
+    """Whether the grid begins at 0."""
 
 
 _WITHIN_HEADS: tuple[Granularity, ...] = ("row", "tensor", "head", "channel", "group")
 _FIXED: tuple[Granularity, ...] = ("tensor", "head", "channel")
-_MAP: tuple[Granularity, ...] = ("tensor", "head", "row")
+_MAPS: tuple[Granularity, ...] = ("tensor", "map", "head", "row")
+_JOINED: tuple[Granularity, ...] = ("tensor", "head", "row")
 
 PLACES = {
     "w": Place("weights", "weights", ("channel", "tensor", "group")),
@@ -53,10 +60,10 @@ PLACES = {
     "k": Place("key", "keys", _WITHIN_HEADS, _FIXED),
     "v": Place("value", "values", _WITHIN_HEADS, _FIXED),
     "kv": Place("cache", "keys and values of the cache", _WITHIN_HEADS, _FIXED, by_itself=("row", "group")),
-    "l": Place("logits", "attention logits", _MAP, always_named=True),
-    "p": Place("probs", "attention probabilities", _MAP, always_named=True),
-    "e": Place("effective", "effective attention maps", _MAP, always_named=True),
-    "d": Place("lambdas", "lambda of each token", ("row", "tensor")),
+    "l": Place("logits", "attention logits", _MAPS, always_named=True),
+    "p": Place("probs", "attention probabilities", _MAPS, always_named=True, never_negative=True),
+    "e": Place("effective", "effective attention maps", _JOINED, always_named=True),
+    "d": Place("lambdas", "lambda of each token", ("row", "tensor"), never_negative=True),
     "x": Place("hidden", "outputs of decoder layers", ("row", "tensor", "channel", "group")),
 }
 """Letter -> place, in the order in which a name has them."""
@@ -66,7 +73,8 @@ def explained() -> dict[str, str]:
     """What each letter of a name means and what may follow it, in one line each."""
     return {f"{letter}N": _explained(place) for letter, place in PLACES.items()} | {
         "..z ..s": "after the granularity: with zero points; static, from calibration",
-        "..m1 ..m2": "of l and p: only the added, or only the subtracted map of differential attention",
+        "..m1 ..m2": "of l and p, after the granularity: only the added, or only the subtracted map of differential "
+        "attention; m alone is the granularity of one scale for each of the two",
         "..uN": "of kv: each query sees its last N keys and values unquantized",
         "kvNcuM": f"keys of the cache per channel and {CACHE_GROUP} tokens, values per token (KIVI); M is at least "
         f"{CACHE_GROUP}",
@@ -79,7 +87,8 @@ def _explained(place: Place) -> str:
     letters = [f"{LETTER_OF[each]}{'N' if each == 'group' else ''} {each}" for each in offered]
     default = "always named" if place.always_named else f"{letters[0].split()[0]} if left out"
     static = f"; static: {', '.join(LETTER_OF[g] for g in place.static)}" if place.static else ""
-    return f"{place.what}, N bits (2 to 8), one scale per {', '.join(letters)} ({default}){static}"
+    grid = "; never negative, so codes 0 to 2^N - 1" if place.never_negative else ""
+    return f"{place.what}, N bits (2 to 8), one scale per {', '.join(letters)} ({default}){static}{grid}"
 
 
 def check_place(letter: str, spec: TensorSpec) -> None:
@@ -103,6 +112,11 @@ def check_place(letter: str, spec: TensorSpec) -> None:
         raise SchemeError(
             f"{place.what} {instead}: found {LETTER_OF[spec.granularity]}s. Leave the 's' out"
             f"{', or change the granularity' if place.static else ''}."
+        )
+    if place.never_negative and not spec.symmetric:
+        raise SchemeError(
+            f"{place.what} ({letter!r}) are never negative, so their codes begin at 0 and have no zero point: leave "
+            "the 'z' out."
         )
     if spec.map is not None and letter not in ("l", "p"):
         raise SchemeError(

@@ -2,7 +2,8 @@
 
 `w4g64a8kv8l6t-gptq-smooth`: a row of parts (`quantlab.schemes.places`), then after dashes the weight method and the
 transforms (`quantlab.schemes.catalogue`). Formats with an arithmetic of their own are weights by name: `nf4`, `nf4-a8`.
-The baseline is `w16`. A tensor of logits is all heads and maps of one layer and one sequence, never a batch.
+The baseline is `w16`. A tensor of logits is all heads and maps of one layer and one sequence, never a batch; a
+map is all heads of one of the two maps of differential attention.
 """
 
 from dataclasses import dataclass, fields
@@ -179,7 +180,7 @@ class Scheme:
     @property
     def spans_sequence(self) -> bool:
         """Whether a dynamic scale or choice spans tokens; then every context is scored with every ending by itself."""
-        spans = {"tensor", "channel", "head"}
+        spans = {"tensor", "map", "channel", "head"}
         values = any(not spec.static and spec.granularity in spans for spec in self._values)
         rows = any(spec.granularity in spans for spec in self.sites.values())
         window = self.cache is not None and self.cache.window is not None

@@ -7,9 +7,16 @@ from quantlab.errors import SchemeError
 
 __all__ = ["LETTERS", "LETTER_OF", "Granularity", "TensorSpec", "WeightFormat"]
 
-Granularity = Literal["tensor", "channel", "group", "row", "head"]
+Granularity = Literal["tensor", "map", "channel", "group", "row", "head"]
 
-LETTERS: dict[str, Granularity] = {"t": "tensor", "c": "channel", "g": "group", "r": "row", "h": "head"}
+LETTERS: dict[str, Granularity] = {
+    "t": "tensor",
+    "m": "map",
+    "c": "channel",
+    "g": "group",
+    "r": "row",
+    "h": "head",
+}
 """The letter of each granularity in a name."""
 LETTER_OF = {granularity: letter for letter, granularity in LETTERS.items()}
 
@@ -25,7 +32,8 @@ class TensorSpec:
     group_size: int | None = None
     """Neighbours along the input that share a scale; given exactly when granularity is "group"."""
     symmetric: bool = True
-    """True: scale = absmax / (2^(bits-1) - 1). False: scale and zero point from min and max."""
+    """True: scale = absmax / (2^(bits-1) - 1), or max / (2^bits - 1) of what is never negative (p, d). False: scale and
+    zero point from min and max."""
     static: bool = False
     """Scales from calibration data instead of from the values themselves."""
     map: Literal[1, 2] | None = None
@@ -48,6 +56,11 @@ class TensorSpec:
             raise SchemeError(f"group_size must be at least 2: found {self.group_size}.")
         if self.map not in (None, 1, 2):
             raise SchemeError(f"a map is 1 (added) or 2 (subtracted): found {self.map!r}.")
+        if self.map is not None and self.granularity == "map":
+            raise SchemeError(
+                f"one map alone has one scale per map already: found a scale per map (m) and m{self.map}. Write "
+                f"tm{self.map}."
+            )
         if self.window is not None and self.window < 1:
             raise SchemeError(f"a window must hold at least 1 key: found {self.window}. Leave it out.")
 

@@ -46,8 +46,8 @@ ALL_SCHEMES = st.builds(
     activations=_specs("row", "tensor", "channel", "group", static=("tensor", "channel")),
     query=_specs("row", "tensor", "head", "channel", "group", static=("tensor", "head", "channel")),
     cache=_cache(),
-    logits=_specs("tensor", "head", "row"),
-    probs=_specs("tensor", "head", "row"),
+    logits=_specs("tensor", "map", "head", "row"),
+    probs=_specs("tensor", "map", "head", "row").map(lambda spec: spec and replace(spec, symmetric=True)),
 )
 NAMED = st.builds(
     lambda scheme, method, transforms, mixed: (
@@ -109,6 +109,11 @@ def test_known_examples_are_canonical() -> None:
         ("l8", "l8t"),
         ("p4", "p4t"),
         ("l16", "w16"),
+        ("L4M", "l4m"),
+        ("l4ma8p8m", "a8l4mp8m"),
+        ("l4m2", "l4tm2"),
+        ("l4m1h", "l4hm1"),
+        ("l4zm", "l4mz"),
         ("w16a16", "w16"),
         (" w4g64a8l6t-rtn ", "w4g64a8l6t"),
         ("SMOOTH-w8a8-gptq", "w8a8-gptq-smooth"),
@@ -159,6 +164,11 @@ def test_other_spellings(text: str, name: str) -> None:
         ("e4tm1", "a map is chosen of attention logits and probabilities only: leave m1 out"),
         ("l4tm1m2", "takes one granularity: found 'tm1m2'"),
         ("l4tm3", "unknown scheme 'l4tm3'"),
+        ("l4mm2", "one map alone has one scale per map already: found .* .m. and m2. Write tm2"),
+        ("e4m", "effective attention maps .* take a scale per t .tensor., h .head., r .row.: found m .map."),
+        ("a8m", "inputs of linears .* found m .map."),
+        ("p8tz", "probabilities .'p'. are never negative, so their codes begin at 0.*leave the 'z' out"),
+        ("d8z", "lambda of each token .'d'. are never negative"),
         ("k8kv4", "the cache .'kv'. holds keys and values"),
         ("gptq", "gptq needs weights on a uniform grid .w4g64-gptq.: found none"),
         ("a8-awq", "awq needs weights on a uniform grid"),
@@ -324,8 +334,9 @@ def test_schemes_need_no_torch() -> None:
 @pytest.mark.parametrize("letter", PLACES)
 def test_what_the_letters_offer_can_be_asked_for(letter: str) -> None:
     place, line = PLACES[letter], places.explained()[f"{letter}N"]
+    line = line.removesuffix("; never negative, so codes 0 to 2^N - 1")
     dynamic, _, static = line.partition("; static: ")
-    offered = re.findall(r"(?:per|,) (\w+) (?:row|channel|tensor|head|group)", dynamic)
+    offered = re.findall(r"(?:per|,) (\w+) (?:row|channel|tensor|map|head|group)", dynamic)
     assert offered == [LETTER_OF[g] + "N" * (g == "group") for g in place.by_itself or place.granularities]
     for grain in [*offered, *(f"{each}s" for each in static.split(", ") if each)]:
         assert Scheme.parse(f"{letter}4{grain.replace('N', '32')}")

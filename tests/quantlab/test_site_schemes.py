@@ -16,10 +16,11 @@ from quantlab.attention.variants import VARIANTS
 from quantlab.calibration.collect import calibrate
 from quantlab.calibration.statistics import AttentionStats, Ranges
 from quantlab.errors import CalibrationError, SchemeError
-from quantlab.layers.fake_quant import FakeQuant
+from quantlab.layers.fake_quant import FakeQuant, QuantOutput
 from quantlab.layers.kv_cache import CachedHeads
-from quantlab.layers.sites import find_sites, swap_site
+from quantlab.layers.sites import find_outputs, find_sites, swap_output, swap_site
 from quantlab.schemes import Scheme, TensorSpec
+from quantlab.transforms.edit import restore
 from tests.toys import toy_model
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -179,15 +180,75 @@ def test_one_map(variant: str, part: str) -> None:
         assert torch.equal(after[:, ~chosen], before[:, ~chosen])
         assert torch.equal(after.masked_fill(visible, 0), before.masked_fill(visible, 0))
         assert (after != before)[:, chosen].any(-1).any(-1).all(), "every head of the map is rounded"
-        if part.endswith("t"):  # the largest value of the chosen map alone is 7 steps
+        if part.endswith(
+            "t"
+        ):  # the largest value of the chosen map alone is 7 steps, or 15 of what is not negative
             values, rounded = before[:, chosen][visible[:, chosen]], after[:, chosen][visible[:, chosen]]
-            step = values.abs().max() / 7
+            step = values.abs().max() / (7 if part[0] == "l" else 15)
             assert torch.equal(rounded, (values / step).round() * step)
         with under(model, f"{part}m{which}"):
             outputs.append(logits_of(model, ids()))
     with under(model, part):
         outputs.append(logits_of(model, ids()))
     assert all(not torch.equal(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
+
+
+@pytest.mark.parametrize("variant", MODELS)
+@pytest.mark.parametrize("part", ["l", "p"])
+def test_each_map_has_a_scale_of_its_own(variant: str, part: str) -> None:
+    """What one attention call a map would do; where there is one map, it is the tensor."""
+    model, site = model_of(variant), "attn_logits" if part == "l" else "attn_probs"
+    before, after, visible = seen_under(model, f"{part}4m", site)
+    maps = torch.tensor(map_of_head(attention_layers(model)[0][1]))
+    assert sorted(set(maps.tolist())) == ([0, 1] if variant in TWO_MAPS else [0])
+    for which in (0, 1) if variant in TWO_MAPS else (0,):
+        seen = visible[:, maps == which]
+        values, rounded = before[:, maps == which][seen], after[:, maps == which][seen]
+        step = values.abs().max() / (7 if part == "l" else 15)
+        assert torch.equal(rounded, (values / step).round() * step)
+    assert torch.equal(after.masked_fill(visible, 0), before.masked_fill(visible, 0))
+    with under(model, f"{part}4m"):
+        by_map = logits_of(model, ids())
+    with under(model, f"{part}4t"):
+        together = logits_of(model, ids())
+    # The first token's probability is 1 in every softmax map, so those have the tensor's scale whatever shares it.
+    differ = variant in TWO_MAPS and (part == "l" or variant == "threshold_diff")
+    assert torch.equal(by_map, together) == (not differ)
+
+
+def test_a_scale_per_map_depends_neither_on_blocks_nor_on_the_batch() -> None:
+    model, tokens = model_of("diff_v1"), ids(3, 100)
+    outputs = []
+    for block_size in (16, 128):
+        with under(model, "l4mp4m", block_size=block_size):
+            outputs += [logits_of(model, tokens), torch.cat([logits_of(model, row[None]) for row in tokens])]
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+    # Float sums of one sequence and of three may differ; a code that flips for it would be far above this.
+    assert torch.allclose(outputs[0], outputs[1], atol=2e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_what_is_never_negative_has_the_whole_grid(bits: int) -> None:
+    """2^bits codes for probabilities and for lambda, of which the largest is the largest value; maps that were joined
+    have both signs and stay on a grid that is its own mirror image."""
+    model, steps = model_of("diff_v2"), 2**bits - 1
+    before, after, visible = seen_under(model, f"p{bits}t", "attn_probs")
+    step = before[visible].max() / steps
+    assert torch.equal(after[visible], (before[visible] / step).round() * step)
+    assert (after[visible] / step).round().max() == steps
+    before, after, visible = seen_under(model, f"e{bits}t", "attn_effective")
+    assert before[visible].min() < 0
+    step = before[visible].abs().max() / (2 ** (bits - 1) - 1)
+    assert torch.equal(after[visible], (before[visible] / step).round() * step)
+    lambdas = torch.rand(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    rounding = QuantOutput(nn.Identity(), TensorSpec(bits, "row"), "lambdas")
+    step = lambdas.amax(-1, keepdim=True) / steps
+    assert torch.equal(rounding(lambdas), (lambdas / step).round() * step)
+    name, module, spec = find_outputs(model, Scheme.parse(f"d{bits}"))[0]
+    swap_output(model, module, name, spec, undo := [])
+    standing = model.get_submodule(name)
+    assert isinstance(standing, QuantOutput) and standing.rounding.kind == "lambdas"
+    restore(undo)
 
 
 def test_a_mask_that_differs_between_heads_is_that_of_the_chosen_ones() -> None:

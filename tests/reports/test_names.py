@@ -65,6 +65,7 @@ def test_markdown_makes_no_links_of_addresses(text: str, shown: str) -> None:
         ("w4a8", 4, "weights + activations at 8 bits", "weights per channel, activations per token", "w4"),
         ("w8a4", 4, "weights at 8 bits + activations", "weights per channel, activations per token", "w8"),
         ("l6t", 6, "attention logits", "per tensor", ""),
+        ("l6m", 6, "attention logits", "per map", ""),
         ("w4g64-gptq", 4, "weights", "groups of 64, gptq", "w4g64"),
         ("q2_k", 16, "q2_k", "q2_k", ""),
         ("nf4", 4, "weights", "nf4", "nf4"),
