@@ -12,11 +12,13 @@ from quantlab.data.hellaswag import load_hellaswag, select
 from quantlab.data.text import check_text
 from quantlab.errors import ConfigError, SchemeError, nearest
 from quantlab.export.atomic import check_destination
-from quantlab.export.formats import find_format
+from quantlab.export.formats import Format, find_format
 from quantlab.inspection.checkpoint import CheckpointInfo, inspect_checkpoint
+from quantlab.inspection.conversions import TWINS
+from quantlab.inspection.families import family_of
 from quantlab.schemes import Scheme, check_shapes, check_widths
 
-__all__ = ["check", "export_folder"]
+__all__ = ["check", "check_calibration", "export_folder"]
 
 
 def check(config: RunConfig) -> tuple[list[CheckpointInfo], dict[str, str], int | None]:
@@ -42,6 +44,16 @@ def check(config: RunConfig) -> tuple[list[CheckpointInfo], dict[str, str], int 
     return infos, *_check_data(config)
 
 
+def check_calibration(config: RunConfig) -> None:
+    """What can be told of the calibration of a run's first checkpoint without torch: the checkpoint and the text.
+
+    Raises:
+        CheckpointError, DataError: as `check`.
+    """
+    inspect_checkpoint(config.checkpoints[0])
+    check_text(config.calibration.text)
+
+
 def export_folder(config: RunConfig) -> Path:
     """Where the export goes: what is asked for, or a folder of the run's own."""
     assert config.export is not None
@@ -56,9 +68,8 @@ def _check_scheme(scheme: Scheme, config: QuantizeConfig, info: CheckpointInfo) 
             f"a model takes one scheme at a time: {info.path} carries {info.carries}, and {scheme.name} was asked for. "
             "Use w16, which scores it as it is, or the checkpoint that it was made from."
         )
-    kept = [name for name in info.linears if not any(fnmatchcase(name, each) for each in config.skip)]
     if info.linears:
-        check_widths(scheme, config.widths, kept)
+        check_widths(scheme, config.widths, list(_without(config.skip, info)))
     check_shapes(scheme, info.linears, config.skip, config.widths)
 
 
@@ -75,11 +86,36 @@ def _check_skip(skip: Sequence[str], info: CheckpointInfo) -> None:
 def _check_export(config: RunConfig, info: CheckpointInfo) -> None:
     """Refuse a format that cannot hold the scheme, and a folder that must not be replaced."""
     assert config.export is not None
-    find_format(config.export.format).check(Scheme.parse(config.export.scheme))
+    form, scheme = find_format(config.export.format), Scheme.parse(config.export.scheme)
+    form.check(scheme)
     if config.export.format == "gguf" and "max_shard_size" in config.export.model_fields_set:
         raise ConfigError("a GGUF file is written whole: leave max_shard_size out, or choose another format.")
     overwrite = config.export.overwrite or config.export.out is None
     check_destination(export_folder(config), overwrite=overwrite, sources=[info.path])
+    _check_architecture(form, info)
+    kept = _without(config.quantize.skip, info)
+    kind = family_of(info.model_type, info.variant).linear_class
+    if form.plain_linears and kind != "Linear" and kept:
+        raise form.holds_no(kind, next(iter(kept)))
+    form.check_shapes(scheme, kept if scheme.weights is not None else {})
+
+
+def _check_architecture(form: Format, info: CheckpointInfo) -> None:
+    """Refuse a variant of quantlab's own that the format's engines do not have."""
+    if info.variant not in (None, *TWINS) and form.name != "quantlab":
+        raise SchemeError(
+            f"format {form.name} needs an architecture that its engines have: {info.variant} has no exact twin. "
+            "Use --format quantlab."
+        )
+
+
+def _without(skip: Sequence[str], info: CheckpointInfo) -> dict[str, tuple[int, int]]:
+    """The linears that no pattern keeps at 16 bits."""
+    return {
+        name: shape
+        for name, shape in info.linears.items()
+        if not any(fnmatchcase(name, pattern) for pattern in skip)
+    }
 
 
 def _check_data(config: RunConfig) -> tuple[dict[str, str], int | None]:

@@ -9,17 +9,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantlab.allocation.budget import check_budget
 from quantlab.allocation.config import AllocationConfig
 from quantlab.allocation.recipe import check_recipe, mixed_scheme, recipe_text, write_recipe
 from quantlab.allocation.solve import choose
 from quantlab.data.text import check_text, text_blocks
-from quantlab.inspection.checkpoint import content_hash, inspect_checkpoint
+from quantlab.inspection.checkpoint import CheckpointInfo, content_hash, inspect_checkpoint
 from quantlab.inspection.precision import stored_precision
 from quantlab.records import check_writable, source_hash
 
 if TYPE_CHECKING:
+    from quantlab.allocation.budget import Budget
     from quantlab.allocation.sensitivity import Sensitivities
-    from quantlab.allocation.units import Budget, Unit
+    from quantlab.allocation.units import Unit
     from quantlab.models.loading import Checkpoint
 
 __all__ = ["allocate"]
@@ -44,6 +46,7 @@ def allocate(
     check_recipe(path, overwrite=overwrite)
     check_text(config.text)
     info = inspect_checkpoint(config.checkpoint)
+    check_budget(config, info.linears, info.num_parameters, _most_scale_bits(config, info))
     check_writable(config.cache)
     import torch
 
@@ -71,6 +74,12 @@ def allocate(
     text = recipe_text(path.stem, config.checkpoint, result["scheme"], names, header, config.skip)
     write_recipe(path, text)
     return result | {"recipe": str(path), "sensitivity": str(known.path)}
+
+
+def _most_scale_bits(config: AllocationConfig, info: CheckpointInfo) -> int:
+    """Bits of a scale; on a device that `auto` may mean they can be fewer."""
+    loaded = "float32" if config.checkpoint.dtype == "auto" else config.checkpoint.dtype
+    return 32 if stored_precision(loaded, info.source_precision) == "float32" else 16
 
 
 def _made_by(config: AllocationConfig, checkpoint: "Checkpoint", scale_dtype: Any) -> dict[str, Any]:

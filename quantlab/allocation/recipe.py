@@ -10,7 +10,7 @@ from typing import Any
 
 from quantlab.config import CheckpointConfig, run_name
 from quantlab.errors import OutputError
-from quantlab.records import write_atomic
+from quantlab.records import check_writable, write_atomic
 from quantlab.schemes import Scheme
 
 __all__ = ["check_recipe", "mixed_scheme", "recipe_text", "write_recipe"]
@@ -20,11 +20,16 @@ _LAYER = re.compile(r".*?\.\d+(?=\.)")
 
 
 def check_recipe(path: Path, *, overwrite: bool) -> None:
-    """Refuse a place that holds something: a recipe may have been edited."""
+    """Refuse a place that holds something, since a recipe may have been edited, or that cannot be written.
+
+    Raises:
+        OutputError: says which.
+    """
     if path.is_dir():
         raise OutputError(f"a recipe is one file: {path} is a folder. Give -o NAME.yaml.")
     if path.exists() and not overwrite:
         raise OutputError(f"a recipe must not replace a file unasked: {path} exists. Add --overwrite.")
+    check_writable(path.absolute().parent)
 
 
 def mixed_scheme(widths: Sequence[str], method: str) -> str:

@@ -50,9 +50,17 @@ def check_destination(destination: Path, *, overwrite: bool, sources: Sequence[P
             f"--overwrite replaces an earlier export only: {destination} holds files and no {MANIFEST} of ours. "
             "Choose another, or empty it yourself."
         )
-    ancestor = next(path for path in here.parents if path.exists())
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
-        raise OutputError(f"output folder must be writable: {ancestor} is not. Choose another place.")
+    _check_writable(next(path for path in here.parents if path.exists()))
+
+
+def _check_writable(folder: Path) -> None:
+    """Make a folder in it and remove it: permissions alone do not tell (/proc grants them to root)."""
+    try:
+        Path(tempfile.mkdtemp(prefix=".probe-", dir=folder)).rmdir()
+    except OSError as error:
+        raise OutputError(
+            f"output folder must be writable: {folder} is not ({error.strerror}). Choose another place."
+        ) from error
 
 
 @contextmanager

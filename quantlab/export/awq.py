@@ -42,16 +42,12 @@ BITS = 4
 
 
 def layout(job: ExportJob) -> Layout:
-    """How the linears of the job are stored; its scheme is one that the format's check accepts.
-
-    Raises:
-        SchemeError: a linear is not nn.Linear itself, shares its weight, or has outputs that are no multiple of 8.
-    """
+    """How the linears of the job are stored; its scheme and linears are such as the format's checks accept."""
     spec = job.scheme.weights
     assert isinstance(spec, TensorSpec) and spec.group_size, (
         "the format's check lets no other weights through"
     )
-    linears = separate_linears(job, "awq", inputs=spec.group_size, outputs=len(ORDER))
+    linears = separate_linears(job)
     config = _quantization_config(job, spec)
     return Layout(
         linears={name: _part(job, name, linear, spec.group_size) for name, linear in linears.items()},

@@ -57,13 +57,9 @@ _OFFSET_CHARACTERS = 24
 
 
 def layout(job: ExportJob) -> Layout:
-    """How the linears of the job are stored; its scheme is one that the format's check accepts.
-
-    Raises:
-        SchemeError: a linear is not nn.Linear itself, or shares its weight.
-    """
+    """How the linears of the job are stored; its scheme and linears are such as the format's checks accept."""
     assert job.scheme.format is not None, "the format's check lets no other weights through"
-    linears = separate_linears(job, "bitsandbytes")
+    linears = separate_linears(job)
     part = _part8 if job.scheme.format == "llm_int8" else _part4
     return Layout(
         linears={name: part(job, name, linear) for name, linear in linears.items()},

@@ -64,13 +64,8 @@ VERSION = "0.20.0"
 
 
 def layout(job: ExportJob) -> Layout:
-    """How the linears of the job are stored; its scheme is one that the format's check accepts.
-
-    Raises:
-        SchemeError: a linear is not nn.Linear itself, which is all that the format's readers handle, or two of them
-            share one weight, which readers could not tie again.
-    """
-    linears = separate_linears(job, "compressed-tensors")
+    """How the linears of the job are stored; its scheme and linears are such as the format's checks accept."""
+    linears = separate_linears(job)
     return Layout(
         linears={name: _part(job, name, linear) for name, linear in linears.items()},
         quantization_config=_quantization_config(job.scheme, kept_linears(job)),

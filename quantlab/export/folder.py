@@ -27,6 +27,7 @@ from quantlab.export.codes import Codes
 from quantlab.export.config_files import write_configs, write_json
 from quantlab.export.formats import Format, find_format
 from quantlab.export.job import ExportJob
+from quantlab.export.linears import check_linears
 from quantlab.export.model_card import CardFacts, matching_scores, model_card
 from quantlab.export.recipe import Origin, facts_of, recipe
 from quantlab.export.shards import DEFAULT_SHARD_SIZE, Layout, write_shards
@@ -112,6 +113,7 @@ def export_checkpoint(
     module = import_module(form.module)
     if hasattr(module, "check"):
         module.check(known)
+    check_linears(model, form, scheme, config.skip)
     if calibrator is not None and converted:
         # Statistics that are known already are of the model as it was.
         calibrator = replace(calibrator, folder=None, _known={})

@@ -1,18 +1,18 @@
 """FORMATS: what a checkpoint can be written as, and which schemes and engines each format has. Needs no torch.
 
-Adding a format is a line here, its refusal in `refusals`, its engines in `engines`, and a module beside this one, which
-is imported only when something is written. The module offers
+Adding a format is a line here, its refusal in `refusals`, what it asks of shapes in `linear_shapes`, its engines in
+`engines`, and a module beside this one, which is imported only when something is written. The module offers
 
     layout(job: ExportJob) -> Layout                            where weights are safetensors
     write(job: ExportJob, folder: Path) -> Layout               where they are a file of their own (gguf)
     check(checkpoint: Checkpoint) -> None                       where it can tell at once what it cannot hold of a model
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from quantlab.errors import ConfigError, SchemeError, nearest
-from quantlab.export import engines, refusals
+from quantlab.export import engines, linear_shapes, refusals
 from quantlab.export.engines import Engine
 from quantlab.schemes import Scheme
 
@@ -36,6 +36,12 @@ class Format:
     """Who loads a scheme in this format, and how it runs there."""
     scale_dtype: str | None = None
     """Dtype of scales where the format fixes it, as torch names it; None: that of everything kept."""
+    shapes: Callable[[Scheme, Mapping[str, tuple[int, int]]], None] = linear_shapes.any_shape
+    """Refuses linears, by name and (out_features, in_features), whose features do not fit."""
+    plain_linears: bool = True
+    """Whether its readers load nn.Linear only, and none of the classes that compute the same."""
+    own_weights: bool = True
+    """Whether every linear needs a weight of its own, since readers could not tie it again."""
 
     def check(self, scheme: Scheme) -> None:
         """Refuse a scheme that the format cannot express.
@@ -48,6 +54,24 @@ class Format:
             raise SchemeError(
                 f"format {self.name} cannot hold scheme {scheme.name}: {reason}. It holds {self.schemes}."
             )
+
+    def check_shapes(self, scheme: Scheme, linears: Mapping[str, tuple[int, int]]) -> None:
+        """Refuse linears whose features do not fit the format.
+
+        Args:
+            linears: name -> (out_features, in_features) of every linear that goes into low bits.
+
+        Raises:
+            SchemeError: names the first that does not fit.
+        """
+        self.shapes(scheme, linears)
+
+    def holds_no(self, kind: str, name: str) -> SchemeError:
+        """The error of a linear of a class that the format's readers do not load."""
+        return SchemeError(
+            f"format {self.name} holds nn.Linear only: {name} is a {kind}, which its readers do not load. "
+            "Use --format quantlab, quantize another architecture, or only evaluate this one."
+        )
 
 
 def find_format(name: str) -> Format:
@@ -81,6 +105,7 @@ FORMATS: dict[str, Format] = {
             refusals.of_gptq,
             engines.of_gptq,
             "float16",
+            linear_shapes.shape_of_gptq,
         ),
         Format(
             "awq",
@@ -90,6 +115,7 @@ FORMATS: dict[str, Format] = {
             refusals.of_awq,
             engines.of_awq,
             "float16",
+            linear_shapes.shape_of_awq,
         ),
         Format(
             "bitsandbytes",
@@ -106,6 +132,7 @@ FORMATS: dict[str, Format] = {
             "quantlab.export.gguf",
             refusals.of_gguf,
             engines.of_gguf,
+            plain_linears=False,
         ),
         Format(
             "torchao",
@@ -122,6 +149,7 @@ FORMATS: dict[str, Format] = {
             "quantlab.export.quanto",
             refusals.of_quanto,
             engines.of_quanto,
+            shapes=linear_shapes.shape_of_quanto,
         ),
         Format(
             "quantlab",
@@ -130,6 +158,8 @@ FORMATS: dict[str, Format] = {
             "quantlab.export.quantlab_format",
             refusals.of_quantlab,
             engines.of_quantlab,
+            plain_linears=False,
+            own_weights=False,
         ),
     )
 }

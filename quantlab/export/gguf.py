@@ -40,7 +40,6 @@ from quantlab.export.gguf_file import FileTensor, Value, key_bytes, write_file
 from quantlab.export.gguf_sizes import architecture_name, note_of, size_keys
 from quantlab.export.gguf_tokenizer import tokenizer_keys
 from quantlab.export.job import ExportJob
-from quantlab.export.linears import check_own_weights
 from quantlab.export.shards import Layout, Part, TensorType
 from quantlab.export.tensors import holds, tied_names
 from quantlab.inspection.gguf_header import GgufHeader, GgufTensor, read_gguf
@@ -87,7 +86,6 @@ def write(job: ExportJob, folder: Path) -> Layout:
     Raises:
         SchemeError: as `check`, or two linears share a weight.
     """
-    check_own_weights(job, "gguf")
     name, num_tokens = architecture_name(job.model), _num_tokens(job.model)
     tokenizer = tokenizer_keys(job.tokenizer, job.info, num_tokens)
     tensors = _Tensors(job, GGUF_ARCHITECTURES[name]).all()

@@ -59,8 +59,6 @@ __all__ = ["layout", "pack_words", "stored_zeros", "unsigned"]
 
 PLANES = {2: (2,), 3: (3,), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 """Bits of a code -> widths of its planes, low bits first."""
-WHOLE = 32
-"""Inputs, and outputs, come in multiples of this."""
 
 
 def layout(job: ExportJob, checkpoint_format: str | None = None) -> Layout:
@@ -70,13 +68,12 @@ def layout(job: ExportJob, checkpoint_format: str | None = None) -> Layout:
         checkpoint_format: gptq (v1), gptq_v2 or gptq_p; None chooses as the module's docstring says.
 
     Raises:
-        SchemeError: a linear is not nn.Linear itself, shares its weight, or has features that are no multiple of 32;
-            or, when a part is built, a zero point of 0 where v1 was asked for.
+        SchemeError: when a part is built, a zero point of 0 where v1 was asked for.
     """
     spec = job.scheme.weights
     assert isinstance(spec, TensorSpec), "the format's check lets no other weights through"
     stored = checkpoint_format or _checkpoint_format(spec)
-    linears = separate_linears(job, "gptq", inputs=WHOLE, outputs=WHOLE)
+    linears = separate_linears(job)
     config = _quantization_config(job, spec, stored)
     return Layout(
         linears={name: _part(job, name, linear, spec, stored) for name, linear in linears.items()},

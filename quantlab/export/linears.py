@@ -1,61 +1,48 @@
 """What formats of other engines ask of a model's linears, and names of those that keep their precision."""
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from quantlab.errors import SchemeError
+from quantlab.export.formats import Format
 from quantlab.export.job import ExportJob
+from quantlab.layers.targets import choose_targets
+from quantlab.schemes import Scheme
 
-__all__ = ["check_own_weights", "kept_linears", "separate_linears"]
+__all__ = ["check_linears", "kept_linears", "separate_linears"]
 
 
-def separate_linears(
-    job: ExportJob, format_name: str, *, inputs: int = 1, outputs: int = 1
-) -> dict[str, nn.Linear]:
-    """The job's linears by name, each nn.Linear itself and with a weight of its own.
-
-    Args:
-        inputs, outputs: what in_features and out_features must be multiples of.
+def check_linears(model: nn.Module, form: Format, scheme: Scheme, skip: Sequence[str]) -> None:
+    """Refuse what the format's readers would not load, before anything is computed.
 
     Raises:
-        SchemeError: one of them is another class, which the format's readers do not load, shares its weight, which
-            they could not tie again, or has another number of features.
+        SchemeError: a linear that would go into low bits is another class than nn.Linear, shares its weight, which
+            readers could not tie again, or has features that do not fit the format; or no linear can be chosen.
     """
-    check_own_weights(job, format_name)
-    linears = {name: _plain(job, name, format_name) for name in job.linears}
-    for name, linear in linears.items():
-        if linear.in_features % inputs or linear.out_features % outputs:
+    if scheme.is_baseline:
+        return
+    chosen = choose_targets(model, skip).chosen
+    for target in chosen if form.plain_linears else ():
+        if (kind := type(model.get_submodule(target.name))) is not nn.Linear:
+            raise form.holds_no(kind.__name__, target.name)
+    for target in chosen if form.own_weights else ():
+        if target.tied_to is not None:
             raise SchemeError(
-                f"format {format_name} needs in_features in multiples of {inputs} and out_features in multiples of "
-                f"{outputs}: {name} has in_features={linear.in_features} and out_features={linear.out_features}. "
-                f'Add "*.{name.rpartition(".")[2]}" to skip, or use --format quantlab.'
+                f"format {form.name} needs a weight of its own in every linear: {target.name} shares that of "
+                f'{target.tied_to}. Add both to skip: "{target.name}" and "{target.tied_to}".'
             )
-    return linears
+    form.check_shapes(scheme, {target.name: (target.shape[0], target.shape[1]) for target in chosen})
 
 
-def check_own_weights(job: ExportJob, format_name: str) -> None:
-    """Refuse linears that share a weight.
-
-    Raises:
-        SchemeError: names the first two.
-    """
-    owners: dict[int, str] = {}
+def separate_linears(job: ExportJob) -> dict[str, nn.Linear]:
+    """The job's linears by name, for formats that hold nn.Linear only (`check_linears`)."""
+    linears = {}
     for name in job.linears:
-        owner = owners.setdefault(id(job.model.get_submodule(name).weight), name)
-        if owner != name:
-            raise SchemeError(
-                f"format {format_name} needs a weight of its own in every linear: {name} shares that of {owner}. "
-                f'Add both to skip: "{name}" and "{owner}".'
-            )
-
-
-def _plain(job: ExportJob, name: str, format_name: str) -> nn.Linear:
-    linear = job.model.get_submodule(name)
-    if type(linear) is not nn.Linear:
-        raise SchemeError(
-            f"format {format_name} holds nn.Linear only: {name} is a {type(linear).__name__}, which its readers do "
-            f"not load. Quantize another architecture, or only evaluate this one."
-        )
-    return linear
+        linear = job.model.get_submodule(name)
+        assert type(linear) is nn.Linear, f"check_linears lets no {type(linear).__name__} through: {name}"
+        linears[name] = linear
+    return linears
 
 
 def kept_linears(job: ExportJob) -> list[str]:

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from quantlab.errors import SchemeError
 from quantlab.export.codes import unsigned_codes
 from quantlab.export.job import ExportJob
+from quantlab.export.linear_shapes import quanto_group
 from quantlab.export.linears import kept_linears, separate_linears
 from quantlab.export.shards import Layout, Part, TensorType
 from quantlab.export.tensors import exactly
@@ -47,19 +48,18 @@ from quantlab.methods.solved import Quantized
 from quantlab.numerics.affine import QuantizedTensor
 from quantlab.schemes import TensorSpec
 
-__all__ = ["group_of", "layout", "pack_planes"]
+__all__ = ["layout", "pack_planes"]
 
 
 def layout(job: ExportJob) -> Layout:
     """How the linears of the job are stored; its scheme is one that the format's check accepts.
 
     Raises:
-        SchemeError: a linear is not nn.Linear itself, shares its weight, is cut by quanto in groups that the scheme's
-            are no multiple of, or has zero points that quanto would round.
+        SchemeError: a linear has zero points that quanto would round.
     """
     spec = job.scheme.weights
     assert isinstance(spec, TensorSpec), "the format's check lets no other weights through"
-    linears = separate_linears(job, "quanto")
+    linears = separate_linears(job)
     kind = f"qint{spec.bits}"
     return Layout(
         linears={name: _part(job, name, linear, spec) for name, linear in linears.items()},
@@ -68,12 +68,6 @@ def layout(job: ExportJob) -> Layout:
         num_codes=sum(linear.weight.numel() for linear in linears.values()),
         files={"quanto_qmap.json": {name: {"weights": kind, "activations": "none"} for name in linears}},
     )
-
-
-def group_of(num_inputs: int) -> int:
-    """Inputs that share a scale of qint4 and qint2, as quanto chooses them."""
-    fits = [size for size in (128, 96, 64, 32) if num_inputs > 128 and num_inputs % size == 0]
-    return fits[0] if fits else num_inputs
 
 
 def pack_planes(codes: Tensor, bits: int) -> Tensor:
@@ -97,8 +91,8 @@ def _part(job: ExportJob, name: str, linear: nn.Linear, spec: TensorSpec) -> Par
             "weight._scale": TensorType(job.dtype, (rows, 1)),
         }
         return Part(tensors | beside, lambda: _tensors8(job.codes(name), job.dtype), num_linears=1)
-    size = group_of(width)
-    _check_group(job, name, width, spec)
+    size = quanto_group(width)
+    _check_zeros(job, name, width, spec)
     count = rows * width // size
     in_floats = _is_tinygemm(job, spec, size, width)
     tensors = {
@@ -118,15 +112,9 @@ def _is_tinygemm(job: ExportJob, spec: TensorSpec, size: int, width: int) -> boo
     return spec.bits == 4 and job.dtype == torch.bfloat16 and size == 128 and width > 128
 
 
-def _check_group(job: ExportJob, name: str, width: int, spec: TensorSpec) -> None:
-    size, own = group_of(width), spec.group_size or width
+def _check_zeros(job: ExportJob, name: str, width: int, spec: TensorSpec) -> None:
     leaf = name.rpartition(".")[2]
-    if own % size:
-        raise SchemeError(
-            f"format quanto cuts {width} inputs in groups of {size}: {name} has groups of {own}, no multiple of it. "
-            f'Use w{spec.bits}, one scale per channel, or add "*.{leaf}" to skip.'
-        )
-    if not spec.symmetric and _is_tinygemm(job, spec, size, width):
+    if not spec.symmetric and _is_tinygemm(job, spec, quanto_group(width), width):
         raise SchemeError(
             f"format quanto rounds 4-bit zero points in groups of 128 to bfloat16: {name} is cut so. Use a symmetric "
             f'grid, a float16 or float32 checkpoint, or add "*.{leaf}" to skip.'

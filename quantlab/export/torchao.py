@@ -40,14 +40,10 @@ __all__ = ["layout"]
 
 
 def layout(job: ExportJob) -> Layout:
-    """How the linears of the job are stored; its scheme is one that the format's check accepts.
-
-    Raises:
-        SchemeError: a linear is not nn.Linear itself, or shares its weight.
-    """
+    """How the linears of the job are stored; its scheme and linears are such as the format's checks accept."""
     spec = job.scheme.weights
     assert isinstance(spec, TensorSpec), "the format's check lets no other weights through"
-    linears = separate_linears(job, "torchao")
+    linears = separate_linears(job)
     return Layout(
         linears={name: _part(job, name, linear, spec) for name, linear in linears.items()},
         quantization_config=_quantization_config(job, spec),

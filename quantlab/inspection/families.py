@@ -20,8 +20,8 @@ class Family:
     """Projections are named and shaped as in Llama, so that the config predicts every one of them."""
     head_dim_from_hidden: bool = False
     """A config without `head_dim` means hidden_size / num_attention_heads; elsewhere it means the class's default."""
-    transposed_linears: bool = False
-    """Linears are stored [in_features, out_features] (GPT-2's Conv1D)."""
+    linear_class: Literal["Linear", "Conv1D", "FalconLinear"] = "Linear"
+    """Class of the decoder's linears; Conv1D stores its weight as [in_features, out_features]."""
     base_prefix: str = ""
     """Name of the base model within the causal one. A checkpoint of the base model lacks it: the hub's GPT-2 stores
     `h.0.attn.c_attn`, which is `transformer.h.0.attn.c_attn` once loaded. Empty: stored names are kept."""
@@ -42,13 +42,13 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": _SET_HEAD_DIM,
     "phi3": Family(packable=True, base_prefix="model"),
     "gpt_neox": Family(packable=True, base_prefix="gpt_neox"),
-    "gpt2": replace(_TRANSFORMER, packable=True, transposed_linears=True),
+    "gpt2": replace(_TRANSFORMER, packable=True, linear_class="Conv1D"),
     "opt": Family(packable=True, base_prefix="model"),
     "gptj": _TRANSFORMER,
     "gpt_neo": _TRANSFORMER,
     "bloom": _TRANSFORMER,
     "mpt": _TRANSFORMER,
-    "falcon": _TRANSFORMER,
+    "falcon": replace(_TRANSFORMER, linear_class="FalconLinear"),
     "quantlab": Family(packable=True, base_prefix="model"),
 }
 """`model_type` of a config.json -> Family."""

@@ -75,7 +75,7 @@ def linears_of(tensors: Tensors, layers: Layers, family: Family) -> dict[str, tu
         # Stored past the last layer are those that predict further tokens, which the model does not have.
         for index in layers.of_stored(int(layer[1])):
             own = f"{name[: layer.start(1)]}{index}{name[layer.end(1) :]}"
-            rows, columns = shape[::-1] if family.transposed_linears else shape
+            rows, columns = shape[::-1] if family.linear_class == "Conv1D" else shape
             linears[prefix + own.removeprefix(prefix).removesuffix(".weight")] = (rows, columns)
     return linears
 

@@ -31,10 +31,11 @@ def test_families_shaped_like_llama_are() -> None:
         assert family.llama_shapes == (projections <= names), name
 
 
-def test_transposed_linears_are_those_of_conv1d() -> None:
+def test_the_class_of_linears_is_that_of_the_models() -> None:
     for name, family in FAMILIES.items():
         kinds = {type(module).__name__ for module in toys.toy_model(name).modules()}
-        assert family.transposed_linears == ("Conv1D" in kinds), name
+        assert family.linear_class in kinds, name
+        assert not kinds & ({"Conv1D", "FalconLinear"} - {family.linear_class}), name
 
 
 def test_base_prefixes_are_those_of_the_models() -> None:

@@ -38,6 +38,9 @@ def calibrate(
         None,
         set_,
     )
+    from quantlab.checks import check_calibration
+
+    check_calibration(config)
     # Only now: these import torch, and a mistake in the options is told before that.
     from quantlab.calibration import tables
     from quantlab.calibration.job import calibrate_checkpoint, check_checkpoint

@@ -21,6 +21,10 @@ def convert(
 ) -> None:
     """The same weights in the layout of Hugging Face's Llama or DiffLlama, or in quantlab's."""
     from quantlab import tables
+    from quantlab.inspection.conversions import check_conversion
+
+    check_conversion(model, to, out, fold_gain=fold_gain, overwrite=bool(overwrite), revision=revision)
+    # Only now: this imports torch, and a mistake in the options is told before that.
     from quantlab.models.converters import convert_folder
 
     done = convert_folder(model, to, out, fold_gain=fold_gain, overwrite=bool(overwrite), revision=revision)

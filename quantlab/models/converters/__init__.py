@@ -5,13 +5,12 @@ function that the weights compute stays the same; a model that the other side ca
 """
 
 from quantlab.models.converters.diffllama import from_diffllama, to_diffllama
-from quantlab.models.converters.folder import TARGETS, convert_folder
+from quantlab.models.converters.folder import convert_folder
 from quantlab.models.converters.layouts import relayout
 from quantlab.models.converters.llama import from_llama, to_llama
 from quantlab.models.converters.unilm import from_unilm, to_unilm
 
 __all__ = [
-    "TARGETS",
     "convert_folder",
     "from_diffllama",
     "from_llama",

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
-from quantlab.config import CheckpointConfig
-from quantlab.errors import CheckpointError, ConfigError, nearest
-from quantlab.export.atomic import check_destination, new_folder
+from quantlab.export.atomic import new_folder
 from quantlab.export.shards import DEFAULT_SHARD_SIZE, Part, TensorType, write_shards
-from quantlab.inspection.checkpoint import CheckpointInfo, inspect_checkpoint
+from quantlab.inspection.checkpoint import CheckpointInfo
+from quantlab.inspection.conversions import check_conversion
 from quantlab.models.converters.checks import readable
 from quantlab.models.converters.diffllama import from_diffllama, to_diffllama
 from quantlab.models.converters.llama import from_llama, to_llama
@@ -34,21 +32,13 @@ KEPT = (
 Convert = Callable[..., tuple[dict[str, Tensor], PreTrainedConfig]]
 
 
-@dataclass(frozen=True)
-class Target:
-    """Where a checkpoint can go: model_type of the source -> the function."""
-
-    description: str
-    sources: dict[str, Convert]
-
-
-TARGETS: dict[str, Target] = {
-    "llama": Target("standard as Hugging Face's Llama", {"quantlab": to_llama}),
-    "diffllama": Target("diff_v1 as Hugging Face's DiffLlama", {"quantlab": to_diffllama}),
-    "quantlab": Target(
-        "Llama as standard, DiffLlama as diff_v1", {"llama": from_llama, "diffllama": from_diffllama}
-    ),
+CONVERTERS: dict[tuple[str, str], Convert] = {
+    ("quantlab", "llama"): to_llama,
+    ("quantlab", "diffllama"): to_diffllama,
+    ("llama", "quantlab"): from_llama,
+    ("diffllama", "quantlab"): from_diffllama,
 }
+"""(model_type of the source, of the result) -> the function; the pairs are those of `inspection.conversions`."""
 
 
 def convert_folder(
@@ -64,7 +54,7 @@ def convert_folder(
 
     Args:
         source: folder or hub id.
-        to: a name of TARGETS.
+        to: a name of `inspection.conversions.CONVERSIONS`.
         fold_gain: see `to_diffllama`.
         overwrite: replace an earlier export, once the new one is complete.
 
@@ -76,11 +66,9 @@ def convert_folder(
         CheckpointError: the source is missing, damaged, quantized, or not what its config describes.
         OutputError: the folder exists, overlaps the source or cannot be written; what was there is untouched.
     """
-    target = _find(to)
-    info = inspect_checkpoint(CheckpointConfig(path=source, revision=revision))
-    check_destination(out_dir, overwrite=overwrite, sources=(info.path, *info.files))
+    info = check_conversion(source, to, out_dir, fold_gain=fold_gain, overwrite=overwrite, revision=revision)
     options: dict[str, Any] = {"fold_gain": True} if fold_gain else {}
-    convert = _function(target, to, info, fold_gain=fold_gain)
+    convert = CONVERTERS[info.model_type, to]
     with readable("read a configuration"):
         found = AutoConfig.from_pretrained(info.path)
     state, config = convert(_read(info), found, **options)
@@ -100,30 +88,8 @@ def convert_folder(
     }
 
 
-def _find(to: str) -> Target:
-    if to not in TARGETS:
-        raise ConfigError(f"target must be one of {', '.join(TARGETS)}: found {to!r}.{nearest(to, TARGETS)}")
-    return TARGETS[to]
-
-
-def _function(target: Target, to: str, info: CheckpointInfo, *, fold_gain: bool) -> Convert:
-    if info.model_type not in target.sources:
-        raise ConfigError(
-            f"{to} is made of {' or '.join(target.sources)}: {info.path} is {info.model_type!r}."
-        )
-    if fold_gain and to != "diffllama":
-        raise ConfigError(
-            f"a gain is folded on the way to diffllama only: found --to {to}. Leave --fold-gain out."
-        )
-    return target.sources[info.model_type]
-
-
 def _read(info: CheckpointInfo) -> dict[str, Tensor]:
     """Every tensor of the checkpoint, in its own dtype."""
-    if info.kind != "huggingface" or info.source_scheme is not None:
-        raise CheckpointError(
-            f"conversion needs plain weights in a Hugging Face folder: {info.path} holds {info.source_precision}."
-        )
     return {name: tensor for file in info.files for name, tensor in load_file(file).items()}
 
 

@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from quantlab.allocation.allocate import allocate
+from quantlab.allocation.budget import storage_bits
 from quantlab.allocation.config import AllocationConfig
 from quantlab.allocation.recipe import mixed_scheme, recipe_text
-from quantlab.allocation.units import storage_bits, units_of
+from quantlab.allocation.units import units_of
 from quantlab.config import CheckpointConfig, load_config
 from quantlab.errors import ConfigError, OutputError, SchemeError, UserError
 from quantlab.models.loading import load_checkpoint

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.quantlab.cli.command import FAST, ROOT, children_cpu_s, quantlab, result_of
+from tests.toys import save_checkpoint
 
 Breakage = Callable[[Path], list[object]]
 """Damages a copy of the toy checkpoint; returns the arguments that meet the damage."""
@@ -53,6 +54,16 @@ def _quantize(*options: object) -> Breakage:
     return lambda folder: ["quantize", folder, "--out", folder.parent / "low", *options]
 
 
+def _quantize_toy(family: str, *options: object, **changes: object) -> Breakage:
+    """The options on another toy checkpoint."""
+
+    def breakage(folder: Path) -> list[object]:
+        toy = save_checkpoint(family, folder.parent / family, **changes)
+        return ["quantize", toy, "--out", folder.parent / "low", *options]
+
+    return breakage
+
+
 def _existing_export(folder: Path) -> list[object]:
     (folder.parent / "low").mkdir()
     return ["quantize", folder, "--scheme", "w8", "--out", folder.parent / "low"]
@@ -65,6 +76,15 @@ def _configured(**changes: object) -> Breakage:
         return _evaluate(folder)
 
     return breakage
+
+
+def _convert(to: str) -> Breakage:
+    return lambda folder: ["convert", folder, "--to", to, "--out", folder.parent / "converted"]
+
+
+def _allocate(*options: object) -> Breakage:
+    widths = ["--widths", "w8,w3"] if "--widths" not in options else []
+    return lambda folder: ["allocate", folder, "-o", folder.parent / "recipe.yaml", *options, *widths]
 
 
 def _nonfinite(folder: Path) -> list[object]:
@@ -138,6 +158,58 @@ EARLY: dict[str, tuple[Breakage, str]] = {
     "unknown format": (_quantize("--scheme", "w8", "--format", "gguff"), "unknown format 'gguff'"),
     "export exists": (_existing_export, "--overwrite"),
     "no export": (_quantize("--scheme", "w8", "--set", "export=null"), "needs the section 'export'"),
+    "rows of gptq": (
+        _quantize_toy("llama", "--scheme", "w4g32-gptq", "--format", "gptq", num_key_value_heads=1),
+        "out_features in multiples of 32: .*k_proj has .*out_features=16",
+    ),
+    "groups of quanto": (
+        _quantize_toy("llama", "--scheme", "w4g32z", "--format", "quanto", intermediate_size=256),
+        "quanto cuts 256 inputs in groups of 128: .*down_proj has groups of 32",
+    ),
+    "Conv1D": (
+        _quantize_toy("gpt2", "--scheme", "w4g32-gptq"),
+        "holds nn.Linear only: transformer.h.0.attn.c_attn is a Conv1D",
+    ),
+    "FalconLinear": (
+        _quantize_toy("falcon", "--scheme", "w4g32-gptq", "--format", "torchao"),
+        "holds nn.Linear only: transformer.h.0.* is a FalconLinear",
+    ),
+    "variant of no engine": (
+        _quantize_toy("quantlab", "--scheme", "w4g32-gptq", variant="diff_v2"),
+        "diff_v2 has no exact twin. Use --format quantlab",
+    ),
+    "export nowhere": (
+        lambda folder: ["quantize", folder, "--scheme", "w8", "--out", "/proc/low"],
+        "output folder must be writable: /proc is not",
+    ),
+    "convert to what": (
+        _convert("lama"),
+        "must be one of llama, diffllama, quantlab: found 'lama'. Did you mean",
+    ),
+    "convert from what": (_convert("diffllama"), "diffllama is made of quantlab"),
+    "convert what": (
+        lambda folder: [
+            "convert",
+            folder / "nowhere",
+            "--to",
+            "quantlab",
+            "--out",
+            folder.parent / "converted",
+        ],
+        "nowhere",
+    ),
+    "budget in bits": (_allocate("--bits", "1.0"), "1 bits do not. The smallest that does is --bits 3"),
+    "budget in megabytes": (_allocate("--megabytes", "0.01"), "0.01 MB do not. The smallest that does is"),
+    "widths": (_allocate("--bits", "4.5", "--widths", "w8,w4g64"), "group_size must divide in_features"),
+    "recipe nowhere": (
+        lambda folder: ["allocate", folder, "--bits", "6", "-o", "/proc/recipe.yaml"],
+        "must be writable: /proc",
+    ),
+    "calibrate what": (lambda folder: ["calibrate", folder / "nowhere"], "nowhere"),
+    "calibrate on what": (
+        lambda folder: ["calibrate", folder, "--text", folder / "nowhere.txt"],
+        "nowhere.txt",
+    ),
     "records nowhere": (
         _quantize("--scheme", "w8", "--records", "nowhere"),
         "nowhere has no folder 'records'",

@@ -15,7 +15,8 @@ from quantlab.config import QuantizeConfig
 from quantlab.errors import CheckpointError, SchemeError
 from quantlab.export.folder import export_checkpoint
 from quantlab.export.formats import find_format
-from quantlab.export.quanto import group_of, pack_planes
+from quantlab.export.linear_shapes import quanto_group
+from quantlab.export.quanto import pack_planes
 from quantlab.reading import quanto as decoder
 from quantlab.reading.raw import RawFolder
 from quantlab.reading.readers import decoder_of
@@ -139,7 +140,7 @@ def test_four_bits_are_laid_out_as_quanto_saves_them(
 def test_groups_are_those_that_quanto_chooses(num_inputs: int) -> None:
     linear = torch.nn.Linear(num_inputs, 4, bias=False)
     own = peer.QLinear.from_module(linear, weights=peer.qint4).weight_group_size
-    assert group_of(num_inputs) == (own or num_inputs)
+    assert quanto_group(num_inputs) == (own or num_inputs)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
