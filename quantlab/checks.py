@@ -11,7 +11,7 @@ from quantlab.config import QuantizeConfig, RunConfig
 from quantlab.data.hellaswag import load_hellaswag, select
 from quantlab.data.text import check_text
 from quantlab.errors import ConfigError, SchemeError, nearest
-from quantlab.export.atomic import check_destination
+from quantlab.export.atomic import check_destination, check_place
 from quantlab.export.formats import Format, find_format
 from quantlab.inspection.checkpoint import CheckpointInfo, inspect_checkpoint
 from quantlab.inspection.conversions import TWINS
@@ -33,6 +33,7 @@ def check(config: RunConfig) -> tuple[list[CheckpointInfo], dict[str, str], int 
         raise ConfigError(
             "quantize.widths is for schemes whose name ends in -mixed: the run has none. Add one, or leave it out."
         )
+    check_place(config.folder)
     infos = [inspect_checkpoint(checkpoint) for checkpoint in config.checkpoints]
     for position, info in enumerate(infos):
         _check_skip(config.quantize.skip, info)

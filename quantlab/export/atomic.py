@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from quantlab.errors import OutputError
 from quantlab.manifest import MANIFEST, write_manifest
 
-__all__ = ["check_destination", "new_folder"]
+__all__ = ["check_destination", "check_place", "new_folder"]
 
 
 def check_destination(destination: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -> None:
@@ -50,11 +50,18 @@ def check_destination(destination: Path, *, overwrite: bool, sources: Sequence[P
             f"--overwrite replaces an earlier export only: {destination} holds files and no {MANIFEST} of ours. "
             "Choose another, or empty it yourself."
         )
-    _check_writable(next(path for path in here.parents if path.exists()))
+    check_place(here)
 
 
-def _check_writable(folder: Path) -> None:
-    """Make a folder in it and remove it: permissions alone do not tell (/proc grants them to root)."""
+def check_place(destination: Path) -> None:
+    """Refuse a folder that could not be made, without making it.
+
+    A folder is made in the nearest one that exists and removed: permissions alone do not tell (/proc grants them).
+
+    Raises:
+        OutputError: names the folder that cannot be written.
+    """
+    folder = next(path for path in destination.absolute().parents if path.exists())
     try:
         Path(tempfile.mkdtemp(prefix=".probe-", dir=folder)).rmdir()
     except OSError as error:
