@@ -11,8 +11,9 @@ With u = 2^-8, the relative rounding of bfloat16, a weight is therefore off by a
     |w - (c - p) scale| <= u scale (|c - m| + |m - p|)          m = p = 0 on a symmetric grid
 
 On a symmetric grid that is u |w|, the rounding of any bfloat16 weight, and 0 where scales are bfloat16 already, as an
-export stores them. With zero points it is at most 16 u = 1/16 of a step, and 1/32 where scales are bfloat16. Grids of 2
-and 3 bits fit too, and take the room of 4.
+export stores them. With zero points it is at most 16 u = 1/16 of a step, and 1/32 where scales are bfloat16. A real
+zero point (HQQ's) may lie outside the codes: by up to one code it is taken, which adds u; further out it is refused,
+since z would be too coarse. Grids of 2 and 3 bits fit too, and take the room of 4.
 
 Few tokens go through `aten._weight_int4pack_mm_for_cpu`: it forms w in float32, sums in float32 and rounds once, to
 bfloat16. Its time grows with every token, so from `FEWEST_FOR_GEMM` tokens on the weights are unpacked, a tile at a
@@ -91,7 +92,8 @@ class Int4Weight(nn.Module):
         """Pack a grid of 2 to 4 bits, symmetric or with zero points, on the CPU. `name` is for messages.
 
         Raises:
-            SchemeError: the op cannot take the matrix, or orders bytes in a way that is not known.
+            SchemeError: the op cannot take the matrix, a zero point lies far outside the codes, or the op orders bytes
+                in a way that is not known.
         """
         super().__init__()
         shape = (weight.codes.shape[0], weight.codes.shape[1])
@@ -99,6 +101,7 @@ class Int4Weight(nn.Module):
         reason = why_not(weight.qtype.bits, size, shape)
         if reason is not None:
             raise SchemeError(f"int4_packed needs {reason}, in {name}. Use kernel=integer.")
+        _check_zeros(weight, name)
         block_size()
         group_size = op_group_size(size)
         assert group_size is not None
@@ -126,6 +129,19 @@ class Int4Weight(nn.Module):
         codes = unpack(self.packed).float().view(num_outputs, num_inputs // self.group_size, self.group_size)
         scale, zero = self.scales_and_zeros.float().transpose(0, 1).unsqueeze(2).unbind(-1)
         return codes.sub_(8).mul_(scale).add_(zero).flatten(1)
+
+
+def _check_zeros(weight: QuantizedTensor, name: str) -> None:
+    """Refuse zero points that bfloat16 would hold too coarsely."""
+    if weight.zero_point is None:
+        return
+    outside = torch.maximum(-weight.zero_point, weight.zero_point - weight.qtype.qmax)
+    if float(outside.max()) > 1:
+        far = float(weight.zero_point.flatten()[outside.argmax()])
+        raise SchemeError(
+            f"int4_packed needs zero points within the codes 0 to {weight.qtype.qmax}, or one code beyond: {name} has "
+            f"one at {far:.4g}, where the weights of a group have one sign. Use kernel=integer."
+        )
 
 
 def linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:

@@ -102,6 +102,9 @@ class _Learner(nn.Module):
         if self.spec.symmetric:
             # One scale cannot follow two ends: the second factor moves both.
             low = -high
+        else:
+            # As `choose_qparams` widens it; an end that is moved to 0 has nothing to learn.
+            low, high = low.clamp(max=0), high.clamp(min=0)
         with torch.no_grad():
             scale, zero_point = choose_qparams(low, high, self.qtype, self.scale_dtype)
         exact = high / self.qtype.qmax if self.spec.symmetric else (high - low) / self.qtype.qmax

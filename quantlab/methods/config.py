@@ -37,7 +37,7 @@ class HqqConfig(Section):
     """HQQ's half-quadratic solver."""
 
     num_steps: int = Field(20, ge=1)
-    """Iterations at most; stops when the error no longer falls."""
+    """Iterations from each start; every group keeps the best zero point that it met."""
     norm: float = Field(0.7, gt=0, le=1)
     """Exponent of the sparsity-promoting norm of the error."""
 

@@ -8,9 +8,12 @@ by splitting the residual r = w - Q(w) into a sparse part e and the rest, and al
     z  <-  mean(q - (w - e) / s)                         the zero point that fits w - e best for the codes q as they are
 
 The scale is that of the full range, and the zero point a real number, as in the source; so a grid without zero point
-has nothing to fit. Residuals are counted in the units of the weights, as in the source too, so e is 0 where they are
-below 10^(-1/1.3) = 0.17, as those of usual weights are; then z is least squares. Every group keeps the best zero point
-that it met, by the true norm, as it is stored; the first is RTN's, so the result is never worse by it.
+has nothing to fit. There are two starts: the source's, where code 0 is the smallest weight and the range need not hold
+0, and RTN's, where it does and z is whole. Where all weights of a group have one sign the first has the finer scale;
+where zero points are stored in few bits and lie far outside the grid, the second may be better. Residuals are counted
+in the units of the weights, as in the source too, so e is 0 where they are below 10^(-1/1.3) = 0.17, as those of usual
+weights are; then z is least squares. Every group keeps the best scale and zero point that it met, by the true norm, as
+they are stored; RTN's are among them, so the result is never worse by it. The source takes the last that it fitted.
 
 Tried and left: fitting the scale too, by least squares on the same codes. The norm fell further and SmolLM2 got worse
 (`docs/architecture.md`): a norm that forgives outliers shrinks the range until it clips them. Counting residuals in
@@ -29,7 +32,13 @@ from quantlab.errors import SchemeError
 from quantlab.methods.config import HqqConfig, MethodConfig
 from quantlab.methods.grouped import Grouped, grouped
 from quantlab.methods.solved import Solved
-from quantlab.numerics.affine import QuantizedTensor, choose_qparams, dequantize, quantize
+from quantlab.numerics.affine import (
+    QuantizedTensor,
+    choose_qparams,
+    choose_real_qparams,
+    dequantize,
+    quantize,
+)
 from quantlab.schemes import TensorSpec
 
 __all__ = ["fit_weight", "quantize_weights", "shrink"]
@@ -64,22 +73,32 @@ def fit_weight(
             "hqq fits the zero point of each group: a symmetric grid has none. Add z, as in w4g64z-hqq."
         )
     groups = grouped(weight_OI, spec)
-    scale, zero_point = choose_qparams(groups.low, groups.high, groups.qtype, scale_dtype)
-    assert zero_point is not None
-    best = zero_point.float()
+    scale, whole = choose_qparams(groups.low, groups.high, groups.qtype, scale_dtype)
+    assert whole is not None
+    zero_point, least = _alternate(groups, scale, whole.float(), config, scale_dtype)
+    other_scale, first = choose_real_qparams(groups.low, groups.high, groups.qtype, scale_dtype)
+    other_zero, error = _alternate(groups, other_scale, first, config, scale_dtype)
+    # Norms are in steps of the scale. False for NaN: a zero point that its dtype cannot hold.
+    better = error * (other_scale / scale) ** config.norm < least
+    return groups.quantize(
+        torch.where(better, other_scale, scale), torch.where(better, other_zero, zero_point)
+    )
+
+
+def _alternate(
+    groups: Grouped, scale: Tensor, first: Tensor, config: HqqConfig, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The best zero points that the alternation meets from the first ones, and their norms in steps of the scale."""
+    best = first
     codes, residual, least = _measure(groups, scale, best, config.norm)
-    # Each group ends for itself: what stands beside it cannot change it.
-    falls = torch.ones_like(least, dtype=torch.bool)
     for step in range(config.num_steps):
         sparse = shrink(residual * scale, _BETA * _KAPPA**step, config.norm)
         target = (groups.view - sparse) / scale
         fitted = (codes - target).mean(groups.dims, keepdim=True).to(scale_dtype).float()
         codes, residual, error = _measure(groups, scale, fitted, config.norm)
-        falls &= error < least
-        if not bool(falls.any()):
-            break
+        falls = error < least
         best, least = torch.where(falls, fitted, best), torch.where(falls, error, least)
-    return groups.quantize(scale, best)
+    return best, least
 
 
 def shrink(x: Tensor, beta: float, norm: float) -> Tensor:

@@ -12,7 +12,14 @@ from torch import Tensor
 from quantlab.errors import SchemeError
 from quantlab.numerics.qtype import QType
 
-__all__ = ["QuantizedTensor", "choose_qparams", "dequantize", "fake_quantize", "quantize"]
+__all__ = [
+    "QuantizedTensor",
+    "choose_qparams",
+    "choose_real_qparams",
+    "dequantize",
+    "fake_quantize",
+    "quantize",
+]
 
 
 @dataclass(frozen=True)
@@ -71,16 +78,40 @@ def choose_qparams(
     else:
         x_min, x_max = x_min.clamp(max=0.0), x_max.clamp(min=0.0)
         spread, steps = x_max - x_min, qtype.qmax
+    scale = _stored_scale(spread, steps, scale_dtype)
+    if qtype.symmetric:
+        return scale, None
+    return scale, torch.round(-x_min.float() / scale).clamp(qtype.qmin, qtype.qmax).to(torch.int32)
+
+
+def choose_real_qparams(
+    x_min: Tensor, x_max: Tensor, qtype: QType, scale_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Fit a grid with a real zero point to [x_min, x_max] as it is, whether it holds 0 or not: code 0 stands for x_min.
+
+    scale = (x_max - x_min) / qmax as `choose_qparams` stores it, zero_point = -x_min / scale, rounded to `scale_dtype`
+    and not to a code. It may lie outside the grid, and 0 between two codes or beyond them.
+
+    Returns:
+        scale, float32 and positive; zero_point, float32, infinite where `scale_dtype` cannot hold it. Shapes of x_min.
+
+    Raises:
+        SchemeError: as `choose_qparams`.
+    """
+    assert not qtype.symmetric, "a symmetric grid has no zero point"
+    scale = _stored_scale(x_max - x_min, qtype.qmax, scale_dtype)
+    return scale, (-x_min.float() / scale).to(scale_dtype).float()
+
+
+def _stored_scale(spread: Tensor, steps: int, scale_dtype: torch.dtype) -> Tensor:
+    """spread / steps as its dtype holds it, never 0."""
     exact = spread.float() / steps
     scale = exact.to(scale_dtype).float()
     if scale_dtype != torch.float32 and bool((scale.isinf() & exact.isfinite()).any()):
         raise SchemeError(f"scales must fit {scale_dtype}: found {exact.max():.3g}. Use a wider scale dtype.")
     limits = torch.finfo(scale_dtype)
     instead = torch.where(spread == 0, 1.0, limits.smallest_normal * limits.eps)
-    scale = torch.where(scale == 0, instead, scale)
-    if qtype.symmetric:
-        return scale, None
-    return scale, torch.round(-x_min.float() / scale).clamp(qtype.qmin, qtype.qmax).to(torch.int32)
+    return torch.where(scale == 0, instead, scale)
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, qtype: QType) -> Tensor:

@@ -1,5 +1,7 @@
 """Packed kernels: the codes that were given, errors of the size of a bf16 linear's, and no silent other path."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -291,3 +293,18 @@ def test_a_model_with_a_shape_that_cannot_pack_is_left_as_it_was() -> None:
     ):
         pass
     assert all(now is before for now, before in zip(model.modules(), modules, strict=True))
+
+
+def test_a_real_zero_point_far_outside_the_codes_is_refused() -> None:
+    """HQQ's, where all weights of a group have one sign: bfloat16 would hold it by steps of its own size."""
+    weight = quantized_matrix("w4g64z")
+    for zero, fits in ((-0.9, True), (15.9, True), (-40.25, False), (200.5, False)):
+        real = replace(weight, zero_point=torch.full_like(weight.scale, zero))
+        if fits:
+            error = (packed_int4.Int4Weight(real).dequantize() - real.dequantize()).abs()
+            assert (error <= (17 * U + 2**-17) * weight.scale.max()).all()
+        else:
+            with pytest.raises(
+                SchemeError, match=rf"codes 0 to 15, or one code beyond: here has one at {zero}"
+            ):
+                packed_int4.Int4Weight(real, "here")

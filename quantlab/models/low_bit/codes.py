@@ -45,9 +45,10 @@ def as_quantized(decoded: Decoded) -> Quantized | DecodedTensor:
         # uint8 wraps around: read as int8, code - 2^(b-1) is itself.
         signed = (codes - 2 ** (decoded.bits - 1)).view(torch.int8)
         return QuantizedTensor(signed, scale, None, QType(decoded.bits, full_range=True))
-    zero = as_tensor(decoded.zero_OG)
-    whole = bool((zero == zero.round()).all())
-    return QuantizedTensor(codes, scale, zero.int() if whole else zero, QType(decoded.bits, symmetric=False))
+    zero, qtype = as_tensor(decoded.zero_OG), QType(decoded.bits, symmetric=False)
+    # Real zero points may be whole by chance, and lie where no integer does.
+    whole = bool((zero == zero.round().clamp(qtype.qmin, qtype.qmax)).all())
+    return QuantizedTensor(codes, scale, zero.int() if whole else zero, qtype)
 
 
 def grid_of(quantized: Quantized | DecodedTensor) -> TensorSpec | WeightFormat:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.errors import SchemeError
-from quantlab.methods.autoround import tune_layer
+from quantlab.methods.autoround import _Learner, tune_layer
 from quantlab.methods.config import AutoRoundConfig
 from quantlab.methods.rtn import quantize_weight
 from quantlab.schemes import Scheme, TensorSpec
@@ -52,6 +52,18 @@ def tuned(layer: Layer, inputs: Tensor, name: str, config: AutoRoundConfig = CON
     specs = {"up": spec_of(name), "down": spec_of(name)}
     solved = tune_layer(layer, specs, run, layer(inputs), config=config)
     return {each: result.quantized.dequantize() for each, result in solved.items()}
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_an_end_of_the_range_that_is_held_at_zero_learns_nothing(sign: float) -> None:
+    """Where all weights have one sign the stored range goes from 0 to the other end, and so do its gradients."""
+    linear = nn.Linear(32, 8, bias=False)
+    linear.weight.data = sign * (torch.rand(8, 32, generator=torch.Generator().manual_seed(0)) + 1)
+    learner = _Learner(linear, spec_of("w4z"), torch.float32)
+    scale, zero_point = learner.grid()
+    assert zero_point is not None and bool((zero_point == (0 if sign > 0 else 15)).all())
+    held, moved = torch.autograd.grad(scale.sum(), list(learner.factors)[:: int(sign)])
+    assert not held.any() and torch.allclose(moved, scale.detach())
 
 
 def error(layer: Layer, inputs: Tensor, weights: dict[str, Tensor]) -> float:
