@@ -8,29 +8,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from probes.sites import QueryBlock
+from probes.sites import Newest, QueryBlock
 
 
 @dataclass(frozen=True)
 class Past:
-    """Keys and values as a cache gives them back; a query's newest keys are read as they were instead."""
+    """Keys and values as a cache gives them back; a query's newest ones are read as they were instead."""
 
     key: Tensor
     """[B * K, d, T]."""
     value: Tensor
     """[B * K, T, d]."""
-    window: int
-    """How many keys, up to the query's own, are not read from the cache."""
+    newest_keys: Newest
+    """Which keys are not read from the cache."""
+    newest_values: Newest
+    """Which values are not."""
 
-    def ages(self, block: QueryBlock, step: int) -> "Ages":
-        """Which keys are recent: the last `window` of each query, whose own is the last that it sees."""
-        num_keys = block.visible.shape[-1]
-        columns = torch.arange(1, num_keys + 1, device=block.visible.device)
-        own = (block.visible * columns).amax(-1, keepdim=True)
-        oldest, newest = (max(0, int(end) - self.window) for end in own.aminmax())
-        return Ages(
-            columns > own - self.window, oldest // step * step, min(num_keys, -(-newest // step) * step)
-        )
+
+def ages(newest: Newest, block: QueryBlock, step: int) -> "Ages":
+    """Which keys of a block are recent for each of its queries, whose own key is the last that it sees."""
+    num_keys = block.visible.shape[-1]
+    columns = torch.arange(1, num_keys + 1, device=block.visible.device)
+    own = (block.visible * columns).amax(-1, keepdim=True)
+    last_cached = own - newest.window
+    if newest.step > 1:
+        assert newest.first is not None, "whole steps are counted from a sequence's first token"
+        before = newest.first.to(own.device) - block.key_start
+        last_cached = before + (last_cached - before).clamp(min=0) // newest.step * newest.step
+    oldest, latest = (max(0, int(end)) for end in last_cached.aminmax())
+    return Ages(columns > last_cached, oldest // step * step, min(num_keys, -(-latest // step) * step))
 
 
 @dataclass(frozen=True)

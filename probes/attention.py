@@ -228,12 +228,10 @@ def _call(
 
 def _past(key: Tensor | Aged, value: Tensor | Aged) -> Past | None:
     """What older keys and values are, where a site gave `Aged`."""
-    windows = {x.window for x in (key, value) if isinstance(x, Aged)}
-    if not windows:
+    if not isinstance(key, Aged) or not isinstance(value, Aged):
+        assert not isinstance(key, Aged) and not isinstance(value, Aged), "a cache holds keys and values"
         return None
-    assert len(windows) == 1, "keys and values of one cache have one window"
-    older = [x.past if isinstance(x, Aged) else x for x in (key, value)]
-    return Past(*_laid_out(*older), windows.pop())
+    return Past(*_laid_out(key.past, value.past), key.newest, value.newest)
 
 
 def _laid_out(key_BKTd: Tensor, value_BKTd: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from probes.ages import Past
+from probes.ages import Past, ages
 from probes.maps import MapRule
 from probes.masks import Mask
 from probes.sites import QueryBlock
@@ -45,7 +45,7 @@ class AttentionCall:
     block_size: int
     rule: MapRule = field(default_factory=MapRule)
     past: Past | None = None
-    """What queries read in place of keys and values that are older than its window."""
+    """What queries read in place of keys and values that are not among their newest."""
 
     def __post_init__(self) -> None:
         self.num_keys = self.key.shape[2]
@@ -93,19 +93,19 @@ class AttentionCall:
     def _products_of_ages(self, query: Tensor, past: Past, block: QueryBlock) -> Tensor:
         """The same of recent keys as they are and of older ones from the cache."""
         keys = slice(block.key_start, block.key_start + block.visible.shape[-1])
-        ages = past.ages(block, self.chunk)
-        newest = self._products(query, self.key[:, :, keys][..., ages.first :], "logits")
-        if not ages.last:
+        aged = ages(past.newest_keys, block, self.chunk)
+        newest = self._products(query, self.key[:, :, keys][..., aged.first :], "logits")
+        if not aged.last:
             return newest
-        older = self._products(query, past.key[:, :, keys][..., : ages.last], "older")
-        shared = ages.last - ages.first
-        recent = _pad_rows(ages.recent[..., ages.first : ages.last]).expand(*self.query.shape[:2], -1, -1)
+        older = self._products(query, past.key[:, :, keys][..., : aged.last], "older")
+        shared = aged.last - aged.first
+        recent = _pad_rows(aged.recent[..., aged.first : aged.last]).expand(*self.query.shape[:2], -1, -1)
         mixed = torch.where(
             recent,
             newest[..., :shared].reshape(recent.shape),
-            older[..., ages.first :].reshape(recent.shape),
+            older[..., aged.first :].reshape(recent.shape),
         )
-        parts = older[..., : ages.first], mixed.view(*newest.shape[:2], shared), newest[..., shared:]
+        parts = older[..., : aged.first], mixed.view(*newest.shape[:2], shared), newest[..., shared:]
         return torch.cat(parts, -1)
 
     def probs(self, logits_BHqt: Tensor, block: QueryBlock) -> Tensor:
@@ -130,12 +130,12 @@ class AttentionCall:
         """[B, q, H, d]: probabilities (or joined maps) times values."""
         if self.past is None:
             return self._weighted(probs_BHqt, self.value, block.key_start)
-        ages = self.past.ages(block, self.chunk)
-        probs, recent = probs_BHqt[..., ages.first :], ages.recent[..., ages.first :]
-        newest = self._weighted(probs.masked_fill(~recent, 0.0), self.value, block.key_start + ages.first)
-        if not ages.last:
+        aged = ages(self.past.newest_values, block, self.chunk)
+        probs, recent = probs_BHqt[..., aged.first :], aged.recent[..., aged.first :]
+        newest = self._weighted(probs.masked_fill(~recent, 0.0), self.value, block.key_start + aged.first)
+        if not aged.last:
             return newest
-        probs, recent = probs_BHqt[..., : ages.last], ages.recent[..., : ages.last]
+        probs, recent = probs_BHqt[..., : aged.last], aged.recent[..., : aged.last]
         return newest + self._weighted(probs.masked_fill(recent, 0.0), self.past.value, block.key_start)
 
     def _weighted(self, probs_BHqt: Tensor, value: Tensor, key_start: int) -> Tensor:

@@ -84,15 +84,27 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Newest:
+    """Which keys a query reads as they are: its last `window`, and those before them that fill no `step` yet."""
+
+    window: int
+    """Keys up to the query's own, counted by their index in the sequence; at least 1."""
+    step: int = 1
+    """Keys that enter the cache at a time, counted from the sequence's first."""
+    first: Tensor | None = None
+    """[B or 1, 1, 1, 1]: key of each sequence's first token, behind its padding; needed where step is above 1."""
+
+
+@dataclass(frozen=True)
 class Aged:
-    """Keys or values of which each query sees its last `window` as they are, and older ones from a cache."""
+    """Keys or values of which each query sees the newest as they are, and older ones from a cache."""
 
     recent: Tensor
     """[B, K, T, d]."""
     past: Tensor
     """The same as the cache gives them back."""
-    window: int
-    """Keys up to the query's own, counted by their index in the sequence."""
+    newest: Newest
+    """Which of the two a query reads."""
 
 
 class Site(nn.Identity):

@@ -1,16 +1,23 @@
 """The cache of keys and values, quantized: what a query reads of a token that came before it.
 
     token by token       a scale for each token and head, or for groups of its channels (r, gN); fixed ranges (t, h, c)
-    keys by channel      a scale for each channel of a head and 32 consecutive tokens, counted from the sequence's
-                         first; values token by token (c, as in KIVI)
+    KIVI (c)             keys: a scale for each channel of a head and 32 consecutive tokens, counted from the
+                         sequence's first; values: a scale for each token and 32 channels of a head
 
-With a window R a query reads its last R tokens, its own among them, as they are, and older ones from the cache. Scales
-by channel are known once their 32 tokens are complete, so R is at least 32 there: no query then depends on a later
-token. Where a generating engine keeps between R and R + 32 tokens, until a group is complete, this keeps R.
+Without zero points grids are symmetric; with them (z) a group is stored as a scale and a real minimum, as KIVI and
+ggml's caches have it, and its range need not hold 0.
+
+With a window R a query reads its last R tokens, its own among them, as they are, and older ones from the cache. KIVI's
+residual of R tokens, a multiple of 32, is another for keys and for values. Keys enter the cache R at a time, when a
+block of R is complete and its last query has read it as it is: the query at position t reads keys before R floor(t / R)
+from the cache. Values enter it one by one, behind the last R, also after the query has read: it reads values before
+t - R from the cache. So no query depends on a later token, and a text scored in one pass reads what a decoder reads
+token by token. (KIVI's own prefill attends to everything as it is and quantizes afterwards; no text would be scored.)
 
 Both kinds round what the attention product would read: after rotary embedding, heads that share keys not repeated.
 
-Source: Liu et al. 2024, KIVI, arXiv:2402.02750, section 3.
+Source: Liu et al. 2024, KIVI, arXiv:2402.02750, section 3; the order of reading and storing, and groups of 32 for keys
+and for values, as in the authors' code (github.com/jy-yuan/KIVI), whose scales and minima are float16, here float32.
 
 Letters: B sequences, K key or value heads, T tokens, G groups of tokens, d channels.
 """
@@ -21,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from probes.sites import Aged
+from probes.sites import Aged, Newest
 from quantlab.layers.fake_quant import FakeQuant, Where
 from quantlab.numerics.dynamic import fake_quantize_in_range
 from quantlab.numerics.ranges import absmax, min_max
@@ -29,7 +36,7 @@ from quantlab.numerics.static import Fixed
 from quantlab.schemes import TensorSpec
 from quantlab.schemes.places import CACHE_GROUP
 
-__all__ = ["CachedHeads", "cached_share_", "round_by_channel"]
+__all__ = ["CachedHeads", "cached_share_", "first_token", "round_by_channel"]
 
 
 class CachedHeads(nn.Module):
@@ -41,11 +48,12 @@ class CachedHeads(nn.Module):
         """`fixed` is the range of a static spec, from `numerics.static.static_range`."""
         super().__init__()
         self.spec, self.what = spec, what
-        self.by_channel = spec.granularity == "channel" and fixed is None and what == "keys"
+        self.is_kivi = spec.granularity == "channel" and fixed is None
+        self.by_channel = self.is_kivi and what == "keys"
         per_token = spec
-        if spec.granularity == "channel" and fixed is None:
-            per_token = TensorSpec(spec.bits, "row", symmetric=spec.symmetric)
-        self.rounding = FakeQuant(per_token, "heads", fixed=fixed)
+        if self.is_kivi:
+            per_token = TensorSpec(spec.bits, "group", CACHE_GROUP, symmetric=spec.symmetric)
+        self.rounding = FakeQuant(per_token, "cache", fixed=fixed)
         self.reads = torch.zeros(2, dtype=torch.float64)
         """Pairs of a query and a token that it reads, of whole texts: older than the window, and all."""
 
@@ -54,13 +62,23 @@ class CachedHeads(nn.Module):
         past = round_by_channel(x, tokens.visible, self.spec) if self.by_channel else self.rounding(x, tokens)
         if self.spec.window is None:
             return past
-        self._count(tokens.visible.expand(len(x), -1, -1, -1), self.spec.window)
-        return Aged(x, past, self.spec.window)
+        newest = self._newest(tokens, self.spec.window)
+        self._count(tokens.visible.expand(len(x), -1, -1, -1), newest)
+        return Aged(x, past, newest)
 
-    def _count(self, visible: Tensor, window: int) -> None:
-        length_B = visible.sum((1, 2, 3)).double()
-        older_B = (length_B - window).clamp(min=0)
-        pairs_2 = torch.stack([(count * (count + 1) / 2).sum() for count in (older_B, length_B)])
+    def _newest(self, tokens: Where, window: int) -> Newest:
+        """What a query does not read from the cache: in KIVI, what was there before it came, and itself."""
+        if not self.is_kivi:
+            return Newest(window)
+        return Newest(1, window, first_token(tokens.visible)) if self.by_channel else Newest(window + 1)
+
+    def _count(self, visible: Tensor, newest: Newest) -> None:
+        length_B, tokens_T = visible.sum((1, 2, 3)), torch.arange(visible.shape[2], device=visible.device) + 1
+        older_T = (tokens_T - newest.window).clamp(min=0) // newest.step * newest.step
+        reads_BT = tokens_T <= length_B[:, None]
+        pairs_2 = torch.stack(
+            [(reads_BT * counts).sum(dtype=torch.float64) for counts in (older_T, tokens_T)]
+        )
         self.reads = self.reads.to(pairs_2.device) + pairs_2
 
     def extra_repr(self) -> str:
@@ -97,7 +115,7 @@ def round_by_channel(
             sets no scale.
     """
     # Padding on the left goes to the end for a moment: [B or 1, 1, T, 1] indices of the tokens in their new order.
-    first = visible.int().argmax(2, keepdim=True)
+    first = first_token(visible)
     here = torch.arange(x.shape[2], device=x.device)[:, None]
     order = (here + first) % x.shape[2]
     counted = _gather(x.masked_fill(~visible, 0.0), order)
@@ -107,7 +125,12 @@ def round_by_channel(
     low, high = (
         _gather(end.expand_as(groups).flatten(2, 3)[:, :, : x.shape[2]], back) for end in (low, high)
     )
-    return fake_quantize_in_range(x, low, high, spec)
+    return fake_quantize_in_range(x, low, high, spec, "cache")
+
+
+def first_token(visible: Tensor) -> Tensor:
+    """Index of the first token that is text, [B or 1, 1, 1, 1], of bool [B or 1, 1, T, 1]."""
+    return visible.int().argmax(2, keepdim=True)
 
 
 def _gather(x: Tensor, order: Tensor) -> Tensor:

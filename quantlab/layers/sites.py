@@ -25,6 +25,7 @@ from quantlab.layers.targets import parents_of
 from quantlab.numerics.granularity import Kind
 from quantlab.numerics.static import Fixed, static_range
 from quantlab.schemes import Scheme, TensorSpec
+from quantlab.schemes.places import CACHE_GROUP
 from quantlab.transforms.edit import Undo, replace_
 
 __all__ = [
@@ -124,13 +125,16 @@ def _check_head_site(scheme: Scheme, name: str, layer: nn.Module, site: str, spe
             "potential=local) makes one number of each token instead. Quantize its logits (l) or values (v)."
         )
     width = _head_width(layer)
-    if site == "attn_value":
+    if site == "attn_value" or (site == "kv_cache" and spec.granularity == "channel"):
         # Values may be wider than queries and keys, as a pair's are.
         width = getattr(getattr(layer, "heads", None), "value_dim", width)
-    if width is not None and spec.group_size is not None and width % spec.group_size:
+    size, instead = spec.group_size, f"leave g{spec.group_size} out"
+    if site == "kv_cache" and spec.granularity == "channel" and not spec.static:
+        size, instead = CACHE_GROUP, f"kv{spec.bits}{spec.modifiers}"
+    if width is not None and size is not None and width % size:
         raise SchemeError(
-            f"group_size must divide the channels of a head: {name} has {width}, {scheme.name} asks for "
-            f"{spec.group_size}. Use one scale per token (leave g{spec.group_size} out)."
+            f"group_size must divide the channels of a head: {name} has {width}, {scheme.name} asks for {size}. "
+            f"Use one scale per token ({instead})."
         )
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "choose_real_qparams",
     "dequantize",
     "fake_quantize",
+    "fake_quantize_from",
     "quantize",
 ]
 
@@ -129,6 +130,19 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, qtype: QT
     """dequantize(quantize(x)) without leaving float32; same bits, and NaN stays NaN."""
     codes = _round_to_codes(x, scale, zero_point, qtype)
     return codes.mul_(scale) if zero_point is None else codes.sub_(zero_point).mul_(scale)
+
+
+def fake_quantize_from(x: Tensor, x_min: Tensor, x_max: Tensor, bits: int) -> Tensor:
+    """x on 2^bits codes from the real x_min to x_max: code * scale + x_min, float32; codes of values outside saturate.
+
+    As caches store it, with a scale and a minimum a group; the range need not hold 0.
+    Error bound: half of scale = (x_max - x_min) / (2^bits - 1) in the range, plus the rounding of the last sum.
+    """
+    x_min, top = x_min.float(), (1 << bits) - 1
+    scale = (x_max.float() - x_min) / top
+    scale = torch.where(scale == 0, 1.0, scale)
+    codes = torch.sub(x.float(), x_min).div_(scale).round_().clamp_(0, top)
+    return codes.mul_(scale).add_(x_min)
 
 
 def _round_to_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, qtype: QType) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from quantlab.numerics.affine import choose_qparams, fake_quantize
+from quantlab.numerics.affine import choose_qparams, fake_quantize, fake_quantize_from
 from quantlab.numerics.granularity import NEVER_NEGATIVE, Kind, group_view, spanned_dims
 from quantlab.numerics.qtype import QType
 from quantlab.numerics.ranges import absmax, min_max
@@ -46,6 +46,8 @@ def fake_quantize_in_range(
 
     Error bound: half a step for x in the range, plus the rounding of the result to x's dtype.
     """
+    if kind == "cache" and not spec.symmetric:
+        return fake_quantize_from(group_view(x, spec), x_min, x_max, spec.bits).reshape(x.shape).to(x.dtype)
     # Codes from 0 are those of a zero point at 0.
     qtype = QType(spec.bits, symmetric=False) if kind in NEVER_NEGATIVE else QType.of_activations(spec)
     scale, zero_point = choose_qparams(x_min, x_max, qtype)

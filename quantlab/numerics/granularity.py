@@ -30,8 +30,9 @@ from quantlab.schemes import Granularity, TensorSpec
 
 __all__ = ["NEVER_NEGATIVE", "Kind", "group_view", "spanned_dims"]
 
-Kind = Literal["weight", "inputs", "lambdas", "heads", "map", "probs"]
-"""What sort of tensor: the dimensions that scales span follow from it, and whether the grid begins at 0."""
+Kind = Literal["weight", "inputs", "lambdas", "heads", "cache", "map", "probs"]
+"""What sort of tensor: the dimensions that scales span follow from it, and where its grid begins: at 0 for what is
+never negative, at a real minimum for caches with `z`."""
 NEVER_NEGATIVE: frozenset[Kind] = frozenset({"lambdas", "probs"})
 """Kinds whose codes are 0 to 2^bits - 1 without a zero point."""
 
@@ -41,11 +42,19 @@ _MAP: dict[Granularity, tuple[int, ...]] = {
     "head": (-2, -1),
     "row": (-1,),
 }
+_HEADS: dict[Granularity, tuple[int, ...]] = {
+    "tensor": (-3, -2, -1),
+    "head": (-2, -1),
+    "channel": (-2,),
+    "row": (-1,),
+    "group": (-1,),
+}
 _SPANS: dict[Kind, dict[Granularity, tuple[int, ...]]] = {
     "weight": {"tensor": (-2, -1), "channel": (-1,), "group": (-1,)},
     "inputs": {"tensor": (-2, -1), "row": (-1,), "channel": (-2,), "group": (-1,)},
     "lambdas": {"tensor": (-2, -1), "row": (-1,)},
-    "heads": {"tensor": (-3, -2, -1), "head": (-2, -1), "channel": (-2,), "row": (-1,), "group": (-1,)},
+    "heads": _HEADS,
+    "cache": _HEADS,
     "map": _MAP,
     "probs": _MAP,
 }

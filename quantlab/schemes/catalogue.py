@@ -30,7 +30,7 @@ SCHEMES: dict[str, str] = {
     "a8": "inputs of linears 8 bits per token; weights untouched",
     "kv8": "keys and values of the cache 8 bits, one scale per token and head",
     "kv4g32": "keys and values of the cache 4 bits, one scale per 32 channels of a token and head",
-    "kv2czu128": "keys per channel and values per token, 2 bits with zero points, the last 128 untouched (KIVI)",
+    "kv2czu128": "keys per channel, values per token, 2 bits in groups of 32 with minima, residual of 128 (KIVI)",
     "k8": "keys as they enter the attention product, 8 bits per token and head",
     "q8k8": "queries and keys as they enter the attention product, 8 bits per token and head",
     "l8t": "only attention logits, 8 bits, one scale per layer and sequence: the paper's protocol",

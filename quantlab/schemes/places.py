@@ -4,8 +4,9 @@ w   weights of linears          c output channel, t tensor, gN groups of N along
 a   inputs of linears           r token, t sequence, c channel of a sequence, gN groups within a token
 q k v                           queries, keys and values as they enter the attention product (after rotary
                                 embedding): r token of a head, t sequence, h head, c channel, gN within a head
-kv  the cache of keys, values   r token of a head, gN within a head; c keys per channel in groups of 32 tokens
-                                and values per token; t, h only static
+kv  the cache of keys, values   r token of a head, gN within a head; c KIVI: keys per channel in groups of 32
+                                tokens, values per token in groups of 32 channels; t, h only static; z is a real
+                                minimum
 l   attention logits            t tensor, m map (all heads of one of the two maps of differential attention, and
                                 everything where there is one), h head, r query row; always named
 p   attention probabilities     as l; never negative
@@ -25,7 +26,8 @@ from quantlab.schemes.spec import LETTER_OF, Granularity, TensorSpec
 __all__ = ["CACHE_GROUP", "PLACES", "Place", "check_place", "explained"]
 
 CACHE_GROUP = 32
-"""Tokens that share the scales of a cache's keys where those are per channel (KIVI, arXiv:2402.02750)."""
+"""Tokens of a channel, of keys, and channels of a token, of values, that share a scale of the cache where keys are per
+channel (KIVI, arXiv:2402.02750)."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,12 @@ PLACES = {
 def explained() -> dict[str, str]:
     """What each letter of a name means and what may follow it, in one line each."""
     return {f"{letter}N": _explained(place) for letter, place in PLACES.items()} | {
-        "..z ..s": "after the granularity: with zero points; static, from calibration",
+        "..z ..s": "after the granularity: with zero points (of kv: real minima); static, from calibration",
         "..m1 ..m2": "of l and p, after the granularity: only the added, or only the subtracted map of differential "
         "attention; m alone is the granularity of one scale for each of the two",
         "..uN": "of kv: each query sees its last N keys and values unquantized",
-        "kvNcuM": f"keys of the cache per channel and {CACHE_GROUP} tokens, values per token (KIVI); M is at least "
-        f"{CACHE_GROUP}",
+        "kvNcuM": f"KIVI: keys of the cache per channel and {CACHE_GROUP} tokens, stored M at a time, a multiple of "
+        f"{CACHE_GROUP}; values per token and {CACHE_GROUP} channels, the last M and the query's own untouched",
         "..16": "untouched, and left out of the name: w16 alone is the baseline",
     }
 
@@ -139,9 +141,9 @@ def _check_causal(spec: TensorSpec) -> None:
             f"a scale of the cache must not know of later tokens: kv{spec.bits}{spec.grain} spans the whole sequence. "
             f"Use kv{spec.bits}{spec.grain}s (static), or a scale per token (kv{spec.bits})."
         )
-    if (spec.window or 0) < CACHE_GROUP:
+    if spec.window is None or spec.window % CACHE_GROUP:
         raise SchemeError(
-            f"keys of the cache share a channel's scale over {CACHE_GROUP} tokens, so a query must see at least as "
-            f"many of the last ones unquantized: found {f'u{spec.window}' if spec.window else 'no window'}. Use "
-            f"kv{spec.bits}cu128."
+            f"keys of the cache share a channel's scale over {CACHE_GROUP} tokens and are stored as many at a time as "
+            f"the window holds, a multiple of {CACHE_GROUP}: found {f'u{spec.window}' if spec.window else 'no window'}"
+            f". Use kv{spec.bits}cu128."
         )

@@ -13,13 +13,14 @@ from transformers import DynamicCache
 from probes import attention
 from probes.attention import attention_sites
 from probes.maps import DifferentialMaps, MapRule
-from probes.sites import attention_layers
+from probes.sites import Aged, Tokens, attention_layers
+from quantlab.errors import SchemeError
 from quantlab.layers.kv_cache import CachedHeads, cached_share_, round_by_channel
 from quantlab.schemes import Scheme, TensorSpec
 from tests.quantlab.test_site_schemes import MODELS, extremes, ids, logits_of, model_of, refused, under
 from tests.toys import toy_model
 
-SPECS = ("kv8", "kv4z", "kv2g8", "kv4u1", "kv4u16", "kv3g4u40", "kv4cu32", "kv2czu40", "kv4cu200")
+SPECS = ("kv8", "kv4z", "kv2g8", "kv4u1", "kv4u16", "kv3g4u40", "kv4cu32", "kv2czu32", "kv2czu64", "kv4cu96")
 
 
 def spec_of(name: str) -> TensorSpec:
@@ -34,35 +35,57 @@ def grid(x: Tensor, spec: TensorSpec) -> Tensor:
     if spec.symmetric:
         scale = x.abs().max() / (2 ** (spec.bits - 1) - 1)
         return torch.round(x / scale).mul(scale).double()
-    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
-    scale = (high - low) / (2**spec.bits - 1)
-    zero = torch.round(-low / scale)
-    codes = torch.round(x / scale).add(zero).clamp(0, 2**spec.bits - 1)
-    return codes.sub(zero).mul(scale).double()
+    scale = (x.max() - x.min()) / (2**spec.bits - 1)
+    return torch.round((x - x.min()) / scale).mul(scale).add(x.min()).double()
 
 
 class Cache:
-    """Keys or values of one head as a decoder keeps them: a token is appended, and what can be stored is stored."""
+    """Keys or values of one head as a decoder keeps them: a token is appended, the query reads, and what is due is
+    stored."""
 
-    def __init__(self, spec: TensorSpec, *, by_channel: bool) -> None:
-        self.spec, self.by_channel = spec, by_channel
+    def __init__(self, spec: TensorSpec) -> None:
+        self.spec = spec
         self.exact: list[Tensor] = []
         self.stored: list[Tensor] = []
 
     def append(self, x_d: Tensor) -> None:
         self.exact.append(x_d)
-        if not self.by_channel:
-            width = self.spec.group_size or len(x_d)
-            self.stored.append(torch.cat([grid(part, self.spec) for part in x_d.split(width)]))
-        elif len(self.exact) % 32 == 0:
-            group = torch.stack(self.exact[-32:])
-            rounded = torch.stack([grid(column, self.spec) for column in group.unbind(1)], 1)
-            self.stored += rounded.unbind(0)
+        while len(self.exact) > (self.spec.window or 0):
+            self.store(self.exact.pop(0), self.spec.group_size or len(x_d))
+
+    def store(self, x_d: Tensor, width: int) -> None:
+        self.stored.append(torch.cat([grid(part, self.spec) for part in x_d.split(width)]))
 
     def read(self) -> Tensor:
         """[t, d]: all tokens so far, as the newest query reads them."""
-        past = max(0, len(self.exact) - (self.spec.window or 0))
-        return torch.stack(self.stored[:past] + self.exact[past:])
+        return torch.stack(self.stored + self.exact)
+
+    def settle(self) -> None:
+        """What is done when the query has read."""
+
+
+class KiviValues(Cache):
+    """Behind the residual, 32 channels of a token share a scale."""
+
+    def append(self, x_d: Tensor) -> None:
+        self.exact.append(x_d)
+
+    def settle(self) -> None:
+        assert self.spec.window is not None
+        if len(self.exact) > self.spec.window:
+            self.store(self.exact.pop(0), 32)
+
+
+class KiviKeys(KiviValues):
+    """A full residual is stored whole, 32 tokens of a channel on a grid."""
+
+    def settle(self) -> None:
+        if len(self.exact) == self.spec.window:
+            for group in torch.stack(self.exact).split(32):
+                self.stored += torch.stack([grid(column, self.spec) for column in group.unbind(1)], 1).unbind(
+                    0
+                )
+            self.exact = []
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, spec: TensorSpec, lambda_: float | None) -> Tensor:
@@ -70,10 +93,11 @@ def decode(q: Tensor, k: Tensor, v: Tensor, spec: TensorSpec, lambda_: float | N
     batch, maps, length, width = q.shape
     joins = 1 if lambda_ is None else 2
     out = torch.zeros(batch, length, maps // joins, v.shape[-1], dtype=torch.float64)
-    by_channel = spec.granularity == "channel"
+    kinds = (KiviKeys, KiviValues) if spec.granularity == "channel" else (Cache, Cache)
     for b in range(batch):
-        keys = [Cache(spec, by_channel=by_channel) for _ in range(k.shape[1])]
-        values = [Cache(spec, by_channel=False) for _ in range(v.shape[1])]
+        keys, values = (
+            [kind(spec) for _ in range(x.shape[1])] for kind, x in zip(kinds, (k, v), strict=True)
+        )
         for t in range(length):
             for caches, x in ((keys, k), (values, v)):
                 for head, cache in enumerate(caches):
@@ -87,6 +111,8 @@ def decode(q: Tensor, k: Tensor, v: Tensor, spec: TensorSpec, lambda_: float | N
                 rows = [rows[i] - lambda_ * rows[i + 1] for i in range(0, maps, 2)]
             for h, row in enumerate(rows):
                 out[b, t, h] = row @ seen_values[h * len(values) // len(rows)]
+            for cache in (*keys, *values):
+                cache.settle()
     return out
 
 
@@ -98,8 +124,11 @@ def test_a_decoder_that_goes_step_by_step_reads_the_same(
 ) -> None:
     """Both in float64; what differs is the order of sums of 75 terms, some 1e-14 of numbers of size 1."""
     generator, spec = torch.Generator().manual_seed(0), spec_of(name)
+    width = 64 if spec.granularity == "channel" else 8
     q, k, v = (
-        torch.randn(2, heads, 75, 8, generator=generator, dtype=torch.float64) * size
+        torch.randn(2, heads, 75, width, generator=generator, dtype=torch.float64)
+        * size
+        * (8 / width) ** 0.25
         for heads, size in ((4, 2.0), (2, 1.0), (2, 1.0))
     )
     expected = decode(q, k, v, spec, lambda_)
@@ -130,7 +159,7 @@ REST = [(variant, name) for variant in MODELS for name in ("kv4z", "kv4cu32", "k
 def test_no_query_knows_of_a_later_token(variant: str, name: str) -> None:
     if refused(variant, name):
         return
-    model, tokens = model_of(variant), ids(1, 90)
+    model, tokens = model_of(variant, name), ids(1, 90)
     stats = extremes(model, tokens) if Scheme.parse(name).cache.static else None  # type: ignore[union-attr]
     with under(model, name, stats):
         before = logits_of(model, tokens)
@@ -142,19 +171,19 @@ def test_no_query_knows_of_a_later_token(variant: str, name: str) -> None:
             assert not torch.equal(after[:, changed:], before[:, changed:])
 
 
-def test_a_window_shorter_than_a_group_would_let_queries_know() -> None:
+def test_a_window_that_cuts_a_group_would_let_queries_know() -> None:
     """Why `kv4cu16` is refused, and that the test above can fail."""
-    model, tokens = toy_model("llama", gain=3.0), ids(1, 90)
+    model, tokens = toy_model("llama", gain=3.0, head_dim=32), ids(1, 90)
     other = tokens.clone()
     other[0, 60:] = (other[0, 60:] + 7) % 512
-    for window in (16, 31):
+    for window in (16, 32):
         spec, outputs = TensorSpec(4, "channel", window=window), []
         with attention_sites(model):
             for _, layer in attention_layers(model):
                 layer.attn_key, layer.attn_value = CachedHeads(spec, "keys"), CachedHeads(spec, "values")
             outputs = [logits_of(model, each)[:, :60] for each in (tokens, other)]
-        # With 31 a group's last token is the query's own; one less and it is a later one.
-        assert torch.equal(*outputs) == (window == 31)
+        # With 16 keys 32 to 47 are read from the cache at 48, on scales that know of keys up to 63.
+        assert torch.equal(*outputs) == (window == 32)
 
 
 @pytest.mark.parametrize("variant", MODELS)
@@ -186,6 +215,11 @@ def test_what_is_read_of_the_quantized_cache_is_counted() -> None:
         assert cached_share_(model) == pytest.approx((66 * 67 + 16 * 17) / (90 * 91 + 40 * 41))
     with under(model, "kv4"):
         assert cached_share_(model) is None
+    with under(model := model_of("llama", "kv4cu32"), "kv4cu32"):
+        logits_of(model, tokens)
+        # Keys: 32 of positions 32 to 63, 64 of those to 89. Values: position t reads t - 32 old ones.
+        keys, values = 32 * 32 + 26 * 64, 57 * 58 / 2
+        assert cached_share_(model) == pytest.approx((keys + values) / (90 * 91))
 
 
 @pytest.mark.parametrize("variant", MODELS)
@@ -193,7 +227,7 @@ def test_what_is_read_of_the_quantized_cache_is_counted() -> None:
 def test_block_size_changes_no_bit(variant: str, name: str) -> None:
     if refused(variant, name):
         return
-    model, tokens, outputs = model_of(variant), ids(1, 300), []
+    model, tokens, outputs = model_of(variant, name), ids(1, 300), []
     for block_size in (16, 48, 320):
         with under(model, name, block_size=block_size):
             outputs.append(logits_of(model, tokens))
@@ -201,11 +235,11 @@ def test_block_size_changes_no_bit(variant: str, name: str) -> None:
     assert torch.equal(outputs[1], outputs[2])
 
 
-@pytest.mark.parametrize("name", ["kv8", "kv4u16", "kv4cu32", "kv4z"])
+@pytest.mark.parametrize("name", ["kv8", "kv4u16", "kv4cu32", "kv2czu32", "kv4z"])
 @pytest.mark.parametrize("family", ["llama", "diffllama", "diff_v1", "diff_v2"])
 def test_generation_with_a_cache_reads_what_one_pass_reads(family: str, name: str) -> None:
     """transformers' cache keeps what it was given; the sites round what is read of it, at every step alike."""
-    model, tokens = model_of(family), ids(1, 75)
+    model, tokens = model_of(family, name), ids(1, 75)
     with under(model, name), torch.no_grad():
         whole = logits_of(model, tokens)
         cache, pieces = DynamicCache(config=model.config), []
@@ -229,3 +263,29 @@ def test_keys_by_channel_count_from_the_first_token() -> None:
     out = round_by_channel(padded, seen, spec)
     assert torch.equal(out[0, :, 13:], whole[0])
     assert not torch.equal(out[1, :, 13:], whole[1])
+
+
+def test_a_minimum_is_real_and_zero_need_not_be_a_code() -> None:
+    """Between 5 and 6 all four codes of 2 bits are used, also where keys of a channel share a scale."""
+    x = 5 + torch.rand(1, 2, 64, 32, generator=torch.Generator().manual_seed(0))
+    tokens = Tokens(lambda: torch.ones(1, 1, 64, 1, dtype=torch.bool))
+    for name in ("kv2z", "kv2g32z", "kv2czu32"):
+        for what in ("keys", "values"):
+            out = CachedHeads(spec_of(name), what)(x, tokens)  # type: ignore[arg-type]
+            past = out.past if isinstance(out, Aged) else out
+            # Half a step, and the rounding of the sum.
+            assert (past - x).abs().max() <= 0.5 / 3 + 6 * 2**-23
+            assert past.min() == x.min() and past.max() > 5.99
+
+
+def test_heads_whose_channels_do_not_fill_groups_are_refused() -> None:
+    with (
+        pytest.raises(
+            SchemeError, match=r"channels of a head: .* has 16, kv4czu128 asks for 32.*\(kv4zu128\)"
+        ),
+        under(model_of("llama"), "kv4czu128"),
+    ):
+        pass
+    # Values of a pair of maps are twice as wide as keys; only they are in groups of channels.
+    with under(toy_model("quantlab", variant="diff_v1", head_dim=16), "kv4czu128"):
+        pass

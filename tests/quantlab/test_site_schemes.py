@@ -43,9 +43,12 @@ TWO_MAPS = (
 LENGTH = 40
 
 
-def model_of(name: str) -> PreTrainedModel:
+def model_of(name: str, scheme: str = "w16") -> PreTrainedModel:
+    """A toy, with heads of 32 channels where the scheme has caches in groups of as many."""
     family, changes = MODELS[name]
-    return toy_model(family, gain=3.0, **changes)
+    cache = Scheme.parse(scheme).cache
+    wide = cache is not None and cache.granularity == "channel" and not cache.static
+    return toy_model(family, gain=3.0, **changes | ({"head_dim": 32} if wide else {}))
 
 
 def ids(batch: int = 1, length: int = LENGTH, seed: int = 0) -> Tensor:
@@ -146,7 +149,7 @@ TOGETHER = (
 
 @pytest.mark.parametrize("variant", MODELS)
 def test_parts_together(variant: str) -> None:
-    model = model_of(variant)
+    model = model_of(variant, "kv4cu32")
     with attention_sites(model):
         plain = logits_of(model, ids())
     outputs = []
@@ -296,10 +299,12 @@ def test_heads_land_on_the_grid_of_what_shares_a_scale(site: str, grain: str) ->
     assert torch.equal(after, (before / scale).round() * scale)
 
 
-@pytest.mark.parametrize("name", ["q4", "k4t", "v4h", "q4ck4cv4c", "kv4", "kv4cu32", "q4tzk4hzv4cz"])
+@pytest.mark.parametrize(
+    "name", ["q4", "k4t", "v4h", "q4ck4cv4c", "kv4", "kv4cu32", "kv2czu32", "q4tzk4hzv4cz"]
+)
 @pytest.mark.parametrize("family", ["llama", "diffllama", "mistral"])
 def test_neither_padding_nor_the_batch_nor_blocks_change_a_sequence(family: str, name: str) -> None:
-    model, tokens = toy_model(family, gain=3.0), ids(1, 50)
+    model, tokens = toy_model(family, gain=3.0, **{"head_dim": 32} if "u32" in name else {}), ids(1, 50)
     padded, mask = ids(2, 70, seed=1), torch.ones(2, 70, dtype=torch.long)
     padded[0, 20:], mask[0, :20] = tokens[0], 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
