@@ -57,7 +57,7 @@ def _check_linears(model: nn.Module, asked: Asked, chosen: Sequence[Target]) -> 
         runs, _ = choose_kernel(weights, scheme.activations, device.type, asked.config.kernel)
         if runs == "int8_mm":
             assert isinstance(weights, TensorSpec) and scheme.activations is not None
-            check_integers(weights, scheme.activations, shape, device)
+            check_integers(weights, scheme.activations, shape)
             if asked.config.kernel == "packed" and scheme.method == "hqq":
                 raise SchemeError(
                     f"packed kernels need integer zero points where inputs are in low bits: those of {scheme.name} are "

@@ -7,5 +7,6 @@
     int4_packed   bf16 inputs times 4-bit codes that stay packed in memory             packed_int4.linear
     int8_packed   bf16 inputs times 8-bit codes                                        packed_int8.linear
 
-A kernel is chosen by name before anything runs (`choice.choose_kernel`) and stands in the record.
+A kernel is chosen by name before anything runs (`choice.choose_kernel`) and stands in the record. `product` forms the
+integer sums of int8_mm and llm_int8, the same on every CPU.
 """

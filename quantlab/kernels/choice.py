@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
-
 from quantlab.errors import SchemeError
 from quantlab.kernels import integer, packed_int4, packed_int8
 from quantlab.numerics.qtype import QType
@@ -59,10 +57,8 @@ def choose_kernel(
     return "int8_mm", ""
 
 
-def check_integers(
-    weights: TensorSpec, inputs: TensorSpec, linears: Mapping[str, tuple[int, int]], device: torch.device
-) -> None:
-    """Refuse integer sums that this machine cannot form or int32 cannot hold.
+def check_integers(weights: TensorSpec, inputs: TensorSpec, linears: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse integer sums that int32 cannot hold.
 
     Args:
         linears: name -> (out_features, in_features).
@@ -70,11 +66,6 @@ def check_integers(
     Raises:
         SchemeError: says which, and that the simulated kernel gives the numbers of the same scheme.
     """
-    if not integer.sums_are_exact(str(device)):
-        raise SchemeError(
-            f"integer kernels need exact int8 products: {device} has none. Use kernel=simulated, the same scheme in "
-            "float arithmetic."
-        )
     most = integer.max_in_features(QType.of_weights(weights), QType.of_activations(inputs))
     for name, (_, in_features) in linears.items():
         summed = weights.group_size or in_features

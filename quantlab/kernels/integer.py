@@ -3,8 +3,8 @@
 With real values  x = s_x (q + d_x)  and  w = s_w (c + d_w), where q and c are int8 and the offsets d hold what is
 left of the zero points, one group of inputs contributes  s_x s_w (q.c + d_x sum(c) + d_w (sum(q) + K d_x)).
 Codes 0 .. 255 shift by 128 to fit int8. The bracket is an integer, so it is the same for any batch, order, thread
-count and device; every float operation after it rounds one element by itself. Hence bit-identical outputs for
-bit-identical inputs, which no float product promises.
+count, device and backend of `product`; every float operation after it rounds one element by itself. Hence
+bit-identical outputs for bit-identical inputs, which no float product promises.
 
 Grouped weights need one product and one scaling per group, in tiles of rows that keep the sums in cache. Whether
 that beats one float product of fake-quantized values was measured with `python benchmarks/integer_linear.py` (CPU
@@ -15,19 +15,17 @@ M=160, 1536x1536, the size of an evaluation's forward; w4g64a8 0.6 to 0.8, and 0
 M tokens, K inputs, N outputs, G groups of g inputs.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from quantlab.kernels.product import exact_product
 from quantlab.numerics.affine import QuantizedTensor, quantize
 from quantlab.numerics.dynamic import dynamic_qparams
 from quantlab.numerics.qtype import QType
 from quantlab.numerics.static import Fixed
 from quantlab.schemes import TensorSpec
 
-__all__ = ["INTEGER_GROUP_SIZE", "Int8Weight", "int8_mm", "linear", "max_in_features", "sums_are_exact"]
+__all__ = ["INTEGER_GROUP_SIZE", "Int8Weight", "largest_code", "linear", "max_in_features"]
 
 INTEGER_GROUP_SIZE = 128
 """Smallest group of weights for which the integer product is the faster path on a CPU."""
@@ -39,6 +37,12 @@ _TILE = 64
 def max_in_features(weights: QType, inputs: QType) -> int:
     """The most inputs whose products cannot overflow int32, whatever the codes."""
     return int((2**31 - 1) // (_largest(weights) * _largest(inputs)))
+
+
+def largest_code(qtype: QType) -> int:
+    """The largest magnitude of a code as it enters a product: 128 for all grids of 8 bits but the mirrored one."""
+    shift = _shift(qtype)
+    return max(qtype.qmax - shift, shift - qtype.qmin)
 
 
 class Int8Weight(nn.Module):
@@ -57,6 +61,7 @@ class Int8Weight(nn.Module):
         super().__init__()
         num_outputs, num_groups = weight.codes.shape[0], weight.scale.shape[-1]
         shift = _shift(weight.qtype)
+        self.largest = largest_code(weight.qtype)
         codes = (weight.codes.to(torch.int16) - shift).to(torch.int8)
         by_group = codes.view(num_outputs, num_groups, -1).transpose(0, 1).contiguous()
         self.register_buffer("codes", by_group, persistent=False)
@@ -88,53 +93,18 @@ def linear(
         codes = codes.to(torch.int16).sub_(shift).to(torch.int8)
     rows = (*x.shape[:-1], 1)
     offset = None if zero_point is None else (shift - zero_point).expand(rows).reshape(-1, 1)
-    out = _scaled_sums(codes.view(torch.int8).reshape(-1, x.shape[-1]), offset, weight)
+    out = _scaled_sums(codes.view(torch.int8).reshape(-1, x.shape[-1]), offset, weight, largest_code(qtype))
     out.mul_(scale.expand(rows).reshape(-1, 1))
     if bias is not None:
         out.add_(bias)
     return out.reshape(*x.shape[:-1], out.shape[-1]).to(x.dtype)
 
 
-def int8_mm(codes_MK: Tensor, codes_NK: Tensor, out: Tensor | None = None) -> Tensor:
-    """Exact sums [M, N] int32 of int8 codes, into `out` where given; on CUDA padded to sizes that cuBLAS takes."""
-    if codes_MK.device.type == "cuda":
-        return padded_int8_mm(codes_MK, codes_NK)
-    return torch._int_mm(codes_MK, codes_NK.t(), **({} if out is None else {"out": out}))
-
-
-def padded_int8_mm(codes_MK: Tensor, codes_NK: Tensor) -> Tensor:
-    """`int8_mm` with M padded to at least 32 and every size to a multiple of 8; zeros add nothing to a sum."""
-    (num_rows, num_inputs), num_outputs = codes_MK.shape, codes_NK.shape[0]
-    inputs, outputs = -num_inputs % 8, -num_outputs % 8
-    rows = max(32 - num_rows, -num_rows % 8)
-    left = functional.pad(codes_MK, (0, inputs, 0, rows)) if inputs or rows else codes_MK
-    right = functional.pad(codes_NK, (0, inputs, 0, outputs)) if inputs or outputs else codes_NK
-    return torch._int_mm(left.contiguous(), right.t())[:num_rows, :num_outputs]
-
-
-@cache
-def sums_are_exact(device: str) -> bool:
-    """Whether this machine's int8 product exists and sums without saturating, by the worst case of codes.
-
-    Some CPUs add pairs of products in 16 bits, which the largest codes overflow.
-    """
-    try:
-        left = torch.full((32, 64), -127, dtype=torch.int8, device=device)
-        right = torch.full((16, 64), -128, dtype=torch.int8, device=device)
-        right[::2] = 127
-        sums = int8_mm(left, right)
-    except (RuntimeError, NotImplementedError):
-        return False
-    return bool(torch.equal(sums[:, 1], torch.full_like(sums[:, 1], 64 * 127 * 128))) and bool(
-        torch.equal(sums[:, 0], torch.full_like(sums[:, 0], -64 * 127 * 127))
-    )
-
-
-def _scaled_sums(codes_MK: Tensor, offset_M1: Tensor | None, weight: Int8Weight) -> Tensor:
-    """sum over groups of s_w times the exact integer sum, [M, N] float32."""
+def _scaled_sums(codes_MK: Tensor, offset_M1: Tensor | None, weight: Int8Weight, largest: int) -> Tensor:
+    """sum over groups of s_w times the exact integer sum, [M, N] float32. `largest`: magnitude of the inputs' codes."""
     num_groups, num_outputs = weight.codes.shape[:2]
     if num_groups == 1:
-        return _group_sums(codes_MK, offset_M1, weight, 0).float().mul_(weight.scale[0])
+        return _group_sums(codes_MK, offset_M1, weight, largest, 0).float().mul_(weight.scale[0])
     out = codes_MK.new_empty(codes_MK.shape[0], num_outputs, dtype=torch.float32)
     integers = codes_MK.new_empty(_TILE, num_outputs, dtype=torch.int32)
     floats = out.new_empty(_TILE, num_outputs)
@@ -143,7 +113,7 @@ def _scaled_sums(codes_MK: Tensor, offset_M1: Tensor | None, weight: Int8Weight)
         total = out[rows]
         offset = None if offset_M1 is None else offset_M1[rows]
         for group, columns in enumerate(codes_MK[rows].chunk(num_groups, dim=1)):
-            sums = _group_sums(columns, offset, weight, group, integers[: len(total)])
+            sums = _group_sums(columns, offset, weight, largest, group, integers[: len(total)])
             term = floats[: len(total)].copy_(sums).mul_(weight.scale[group])
             # Not addcmul: whether it rounds once or twice depends on where in memory an element lies.
             total = total.add_(term) if group else total.copy_(term)
@@ -151,10 +121,15 @@ def _scaled_sums(codes_MK: Tensor, offset_M1: Tensor | None, weight: Int8Weight)
 
 
 def _group_sums(
-    codes_Mg: Tensor, offset_M1: Tensor | None, weight: Int8Weight, group: int, out: Tensor | None = None
+    codes_Mg: Tensor,
+    offset_M1: Tensor | None,
+    weight: Int8Weight,
+    largest: int,
+    group: int,
+    out: Tensor | None = None,
 ) -> Tensor:
     """One group's exact sums with all offsets, [M, N] int32. Intermediates may wrap; the sum itself fits."""
-    sums = int8_mm(codes_Mg, weight.codes[group], out)
+    sums = exact_product(codes_Mg, weight.codes[group], (largest, weight.largest), out)
     if offset_M1 is not None:
         sums.add_(offset_M1 * weight.code_sums[group])
     if weight.offset is not None:

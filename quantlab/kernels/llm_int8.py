@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.errors import SchemeError
-from quantlab.kernels.integer import int8_mm
+from quantlab.kernels.product import exact_product, full_precision
 from quantlab.numerics.codebook import CodebookTensor
 
 __all__ = ["THRESHOLD", "LlmInt8Weight", "OutlierCount", "linear", "quantize_inputs"]
@@ -101,7 +101,7 @@ def linear(
         raise SchemeError(f"llm_int8 needs inputs [.., tokens, channels]: found {list(x.shape)}.")
     x_BTK = x.reshape(-1, *x.shape[-2:])
     codes, scale, columns_BK = quantize_inputs(x_BTK, threshold)
-    sums = int8_mm(codes.flatten(0, 1), weight.codes)
+    sums = exact_product(codes.flatten(0, 1), weight.codes)
     out = sums.float().mul_(scale.flatten(0, 1) / 127).mul_(weight.scale / 127)
     out = out.view(*x_BTK.shape[:-1], -1)
     for out_TN, x_TK, columns_K in zip(out, x_BTK, columns_BK, strict=True):
@@ -116,4 +116,5 @@ def linear(
 
 def _outlier_sums(x_TC: Tensor, weight: LlmInt8Weight, columns: Tensor) -> Tensor:
     """What C outlier columns of one sequence add, [T, N] float32."""
-    return (x_TC.float() @ weight.codes[:, columns].float().t()).mul_(weight.scale / 127)
+    with full_precision(x_TC.device.type):
+        return (x_TC.float() @ weight.codes[:, columns].float().t()).mul_(weight.scale / 127)

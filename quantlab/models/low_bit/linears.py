@@ -77,7 +77,7 @@ def _kernel(
     runs, _ = choose_kernel(weights, inputs, place.type, kernel)
     if runs == "int8_mm":
         assert isinstance(weights, TensorSpec) and inputs is not None
-        check_integers(weights, inputs, shapes, place)
+        check_integers(weights, inputs, shapes)
         # Its zero points are no whole numbers.
         return "simulated" if carried.scheme is not None and carried.scheme.method == "hqq" else runs
     if runs in ("int4_packed", "int8_packed"):
