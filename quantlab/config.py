@@ -202,6 +202,9 @@ class QuantizeConfig(Section):
     widths: dict[str, str] = Field(default_factory=dict)
     """Of schemes that end in `mixed`: dotted pattern of linears -> their weights (`w8`, `w3g64`, `w16`), instead of
     the scheme's own; where several match, the last."""
+    scale_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype that scales of weights are rounded to before codes are chosen, as they will be stored; `auto`: that of the
+    checkpoint where it has 16 bits, else that of the loaded weights. A format that fixes another has it its own way."""
     methods: MethodConfig = MethodConfig()
     """Settings of the weight methods."""
     transforms: TransformConfig = TransformConfig()

@@ -19,7 +19,6 @@ from quantlab.checks import check, export_folder
 from quantlab.config import CheckpointConfig, ProfileConfig, RunConfig
 from quantlab.data.text import text_blocks
 from quantlab.errors import ConfigError, RecordError, SchemeError
-from quantlab.inspection.precision import stored_precision
 from quantlab.records import Record, check_writable, read_record, read_records
 from quantlab.schemes import Scheme
 from quantlab.sweep.executors import Advance, Event, run_cells
@@ -97,8 +96,6 @@ def evaluate_cell(
     Args:
         solutions: where codes that took long are kept, for the other cells of a sweep.
     """
-    import torch
-
     from quantlab.calibration.calibrator import calibrator_of
     from quantlab.evaluation.tasks import TASKS
     from quantlab.layers.linear import outlier_columns
@@ -106,14 +103,11 @@ def evaluate_cell(
 
     assert config.evaluation is not None
     model = checkpoint.model
-    loaded = str(model.dtype).removeprefix("torch.")
-    scale_dtype = getattr(torch, stored_precision(loaded, checkpoint.info.source_precision))
     calibrator = calibrator_of(checkpoint, config.calibration) if scheme.needs else None
     with quantized(
         model,
         scheme,
         config.quantize,
-        scale_dtype=scale_dtype,
         calibrator=calibrator,
         solutions=solutions,
     ) as changes:

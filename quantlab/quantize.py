@@ -32,6 +32,7 @@ from quantlab.config import QuantizeConfig
 from quantlab.layers.sites import FoundSite, find_outputs, find_sites, swap_output, swap_site, turn_heads_
 from quantlab.layers.targets import Choice, choose_targets
 from quantlab.methods.solved import Solved
+from quantlab.models.stored import scale_dtype_of
 from quantlab.records import fingerprint, source_hash
 from quantlab.scheme_fits import check_fits
 from quantlab.schemes import TRANSFORMS, Scheme, TensorSpec, WeightFormat
@@ -51,7 +52,7 @@ def quantize_(
     scheme: Scheme,
     config: QuantizeConfig = QuantizeConfig(),
     *,
-    scale_dtype: torch.dtype = torch.float32,
+    scale_dtype: torch.dtype | None = None,
     calibrator: Calibrator | None = None,
     solutions: SolutionStore | None = None,
 ) -> Changes:
@@ -59,7 +60,7 @@ def quantize_(
 
     Args:
         config: linears that stay at 16 bits, kernel, widths of mixed schemes, settings of methods and transforms.
-        scale_dtype: dtype that the scales of weights are rounded to before codes are chosen, as they will be stored.
+        scale_dtype: dtype that scales of weights are rounded to where a format fixes it; None is what `config` says.
         calibrator: text and statistics, for schemes that need them (`scheme.needs`).
         solutions: where codes that took long are kept; None computes them anew.
 
@@ -72,7 +73,13 @@ def quantize_(
     """
     undo: Undo = []
     try:
-        return _apply(model, Asked(scheme, config, scale_dtype), calibrator, solutions, undo)
+        return _apply(
+            model,
+            Asked(scheme, config, scale_dtype or scale_dtype_of(model, config)),
+            calibrator,
+            solutions,
+            undo,
+        )
     except BaseException:
         restore(undo)
         raise
@@ -84,7 +91,7 @@ def quantized(
     scheme: Scheme,
     config: QuantizeConfig = QuantizeConfig(),
     *,
-    scale_dtype: torch.dtype = torch.float32,
+    scale_dtype: torch.dtype | None = None,
     calibrator: Calibrator | None = None,
     solutions: SolutionStore | None = None,
 ) -> Iterator[Changes]:
@@ -97,7 +104,13 @@ def quantized(
         if scheme.sites or scheme.head_sites:
             stack.enter_context(attention_sites(model))
         stack.callback(restore, undo)
-        yield _apply(model, Asked(scheme, config, scale_dtype), calibrator, solutions, undo)
+        yield _apply(
+            model,
+            Asked(scheme, config, scale_dtype or scale_dtype_of(model, config)),
+            calibrator,
+            solutions,
+            undo,
+        )
 
 
 @dataclass(frozen=True)
@@ -128,7 +141,7 @@ def prepared(
     scheme: Scheme,
     config: QuantizeConfig = QuantizeConfig(),
     *,
-    scale_dtype: torch.dtype = torch.float32,
+    scale_dtype: torch.dtype | None = None,
     calibrator: Calibrator | None = None,
 ) -> Iterator[Prepared]:
     """The model with the scheme's transforms for the span of the block, and its codes one linear at a time.
@@ -136,7 +149,7 @@ def prepared(
     Takes and raises what `quantize_` does; the codes are the same.
     """
     undo: Undo = []
-    asked = Asked(scheme, config, scale_dtype)
+    asked = Asked(scheme, config, scale_dtype or scale_dtype_of(model, config))
     with ExitStack() as stack:
         # Calibration then goes through the attention that `quantized` calibrates with.
         if scheme.sites or scheme.head_sites:

@@ -1,5 +1,6 @@
 """The README's commands and its Python example run as they stand, on a toy model in the place of the hub's."""
 
+import json
 import os
 import re
 import subprocess
@@ -63,10 +64,22 @@ def test_command_runs(line: str, workplace: Path) -> None:
     assert done.stdout.strip() and "Traceback" not in done.stderr
 
 
-def test_example_runs(workplace: Path) -> None:
-    done = _run(["-c", f"MODEL = {HUB_ID!r}\n{EXAMPLE}"], workplace)
+def test_example_gives_the_numbers_of_the_command(tmp_path: Path) -> None:
+    """Of a checkpoint in bfloat16, which both compute in float32: one default decides on scales."""
+    save_checkpoint("llama", tmp_path / HUB_ID, intermediate_size=128, gain=3.0, dtype="bfloat16")
+    done = _run(["-c", f"MODEL = {HUB_ID!r}\n{EXAMPLE}"], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 2
+    top1, scored = done.stdout.splitlines()
+    found = {}
+    for verb, options in (
+        ("profile", ["--num-sequences", "2"]),
+        ("evaluate", ["--scheme", "w4g64", "--limit", "16", "--tasks", "hellaswag"]),
+    ):
+        command = _run(["-m", "quantlab", verb, HUB_ID, *options, "--json", "--out", "run"], tmp_path)
+        assert command.returncode == 0, command.stderr
+        found[verb] = json.loads(command.stdout)
+    assert float(top1) == found["profile"]["attention_logits"]["top1"]
+    assert float(scored.rpartition(" ")[2]) == found["evaluate"]["hellaswag"]["margin"]
 
 
 def test_links_lead_somewhere() -> None:

@@ -77,7 +77,7 @@ def measure(
     ids_NT: Tensor,
     known: Sensitivities,
     *,
-    scale_dtype: torch.dtype = torch.float32,
+    scale_dtype: torch.dtype,
     advance: Advance = lambda count: None,
 ) -> int:
     """Measure what is not known yet, and keep it; returns how many divergences were measured.

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from quantlab.config import QuantizeConfig
-from quantlab.errors import CheckpointError
+from quantlab.errors import CheckpointError, SchemeError
 from quantlab.export.architecture import known_to_engines
 from quantlab.export.atomic import check_destination, new_folder
 from quantlab.export.codes import Codes
@@ -31,7 +31,7 @@ from quantlab.export.linears import check_linears
 from quantlab.export.model_card import CardFacts, matching_scores, model_card
 from quantlab.export.recipe import Origin, facts_of, recipe
 from quantlab.export.shards import DEFAULT_SHARD_SIZE, Layout, write_shards
-from quantlab.export.tensors import model_parts, stored_dtype
+from quantlab.export.tensors import dtype_name, model_parts, stored_dtype
 from quantlab.inspection.checkpoint import content_hash
 from quantlab.quantize import prepared
 from quantlab.records import Record
@@ -118,6 +118,11 @@ def export_checkpoint(
         # Statistics that are known already are of the model as it was.
         calibrator = replace(calibrator, folder=None, _known={})
     scale_dtype: torch.dtype = getattr(torch, form.scale_dtype) if form.scale_dtype else dtype
+    if config.scale_dtype not in ("auto", dtype_name(scale_dtype)):
+        raise SchemeError(
+            f"a folder in {form.name} of this checkpoint stores scales in {dtype_name(scale_dtype)}: "
+            f"quantize.scale_dtype asks for {config.scale_dtype}. Leave it auto."
+        )
     with prepared(model, scheme, config, scale_dtype=scale_dtype, calibrator=calibrator) as found:
         ready = replace(found, notes=(*converted, *found.notes))
         job = ExportJob(

@@ -34,6 +34,7 @@ from quantlab.inspection.families import Family, family_of
 from quantlab.inspection.gguf_header import read_gguf
 from quantlab.inspection.gguf_names import config_of
 from quantlab.models.gguf_weights import read_weights
+from quantlab.models.stored import note_source_
 from quantlab.schemes import Scheme
 
 __all__ = ["Checkpoint", "load_checkpoint", "resolve_device", "resolve_dtype"]
@@ -75,6 +76,7 @@ def load_checkpoint(config: CheckpointConfig, info: CheckpointInfo | None = None
         _check_tied(model, info)
         tokenizer = load_tokenizer(info, config.trust_remote_code)
         model = model.to(device).eval().requires_grad_(False)
+        note_source_(model, info.source_precision)
         check_finite(model, info.path)
         info = with_rows(info, model)
     return Checkpoint(model, tokenizer, info, family_of(info.model_type, info.variant))

@@ -16,7 +16,7 @@ class Asked:
 
     scheme: Scheme
     config: QuantizeConfig
-    scale_dtype: torch.dtype = torch.float32
+    scale_dtype: torch.dtype
 
     def weights_of(self, name: str) -> TensorSpec | WeightFormat | None:
         """The grid of one linear; None where it stays at 16 bits."""

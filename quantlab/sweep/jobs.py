@@ -123,6 +123,12 @@ def made_of_weights(scheme: Scheme, config: RunConfig, data: Mapping[str, str]) 
     return made
 
 
+def _scale_dtype(config: RunConfig, source: Mapping[str, Any]) -> str:
+    """As `models.stored.scale_dtype_of` has it, before the model is loaded."""
+    asked = config.quantize.scale_dtype
+    return stored_precision(source["dtype"], source["source_precision"]) if asked == "auto" else asked
+
+
 def _of_profile(
     cell: Cell, config: RunConfig, source: Mapping[str, Any], data: Mapping[str, str]
 ) -> dict[str, Any]:
@@ -141,7 +147,7 @@ def _of_evaluation(
         "scheme": cell.scheme,
         "quantize": {
             "skip": sorted(config.quantize.skip),
-            "scale_dtype": stored_precision(source["dtype"], source["source_precision"]),
+            "scale_dtype": _scale_dtype(config, source),
         },
         "kernel": config.quantize.kernel,
         "evaluation": {

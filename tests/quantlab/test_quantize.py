@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +13,16 @@ from probes.attention import attention_sites
 from probes.errors import ProbeError
 from probes.hooks import watch
 from probes.sites import decoder_layers
-from quantlab.config import QuantizeConfig
+from quantlab.config import CheckpointConfig, QuantizeConfig
 from quantlab.errors import SchemeError
 from quantlab.layers.fake_quant import FakeQuant
 from quantlab.layers.linear import QuantLinear
-from quantlab.quantize import Changes, quantize_, quantized
+from quantlab.models.loading import load_checkpoint
+from quantlab.numerics.affine import QuantizedTensor
+from quantlab.quantize import Changes, prepared, quantize_, quantized
 from quantlab.schemes import Scheme
 from tests.quantlab.whole_models import ids, modules_of, run
-from tests.toys import toy_model
+from tests.toys import save_checkpoint, toy_model
 
 LINEARS = {"llama": 14, "gpt2": 8, "gpt_neox": 8, "diffllama": 14}
 SCHEMES = (
@@ -246,3 +249,32 @@ def test_changes_are_data() -> None:
     assert summary["scheme"] == "w8a8l8t" and summary["share_by_bits"] == {"8": 1.0}
     assert (summary["num_swapped"], summary["num_skipped"]) == (16, 2)
     assert summary["kernels"] == {"int8_mm": 14, "simulated": 2}
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_scales_are_those_of_a_folder_of_the_checkpoint_unless_asked_otherwise(
+    tmp_path: Path, stored: str
+) -> None:
+    """Whoever asks; what the source stored decides, and not only the dtype that it was loaded in."""
+    folder = save_checkpoint("llama", tmp_path, dtype=stored)
+    model = load_checkpoint(CheckpointConfig(path=str(folder), dtype="float32", device="cpu")).model
+    unloaded = toy_model("llama").to(getattr(torch, stored))
+
+    def precision(of: torch.nn.Module, **options: torch.dtype | str) -> str:
+        asked = QuantizeConfig(**{k: v for k, v in options.items() if isinstance(v, str)})  # type: ignore[arg-type]
+        fixed = {k: v for k, v in options.items() if isinstance(v, torch.dtype)}
+        with prepared(of, Scheme.parse("w4g32"), asked, **fixed) as ready:  # type: ignore[arg-type]
+            solved = [ready.solve(name).quantized for name in ready.linears]
+        assert all(isinstance(each, QuantizedTensor) for each in solved)
+        scales = torch.cat([each.scale.flatten() for each in solved])  # type: ignore[union-attr]
+        fits = [
+            name
+            for name in ("bfloat16", "float16")
+            if torch.equal(scales, scales.to(getattr(torch, name)).float())
+        ]
+        return fits[0] if fits else "float32"
+
+    assert precision(model) == precision(unloaded) == stored
+    for name in ("float32", "bfloat16", "float16"):
+        assert precision(model, scale_dtype=name) == name
+        assert precision(model, scale_dtype=getattr(torch, name)) == name

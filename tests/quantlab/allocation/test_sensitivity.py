@@ -1,6 +1,7 @@
 """Sensitivities against quantizing the whole model but for one linear; what is measured once is not measured again."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from probes.sites import decoder_layers
+from quantlab.allocation import sensitivity
 from quantlab.allocation.config import AllocationConfig
 from quantlab.allocation.divergence import Reference
-from quantlab.allocation.sensitivity import Sensitivities, measure
+from quantlab.allocation.sensitivity import Sensitivities
 from quantlab.allocation.tails import Tails
 from quantlab.allocation.units import Unit, units_of
 from quantlab.config import CheckpointConfig
@@ -22,6 +24,7 @@ from tests.toys import toy_model
 
 WIDTHS = ("w8", "w4g32", "w2g32")
 MADE_BY = {"kind": "sensitivity", "checkpoint": "toy"}
+measure = partial(sensitivity.measure, scale_dtype=torch.float32)
 
 
 def _units(model: nn.Module, widths: tuple[str, ...] = WIDTHS) -> list[Unit]:
