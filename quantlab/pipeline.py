@@ -19,6 +19,7 @@ from quantlab.checks import check, export_folder
 from quantlab.config import CheckpointConfig, ProfileConfig, RunConfig
 from quantlab.data.text import text_blocks
 from quantlab.errors import ConfigError, RecordError, SchemeError
+from quantlab.machine import cpu
 from quantlab.records import Record, check_writable, read_record, read_records
 from quantlab.schemes import Scheme
 from quantlab.sweep.executors import Advance, Event, run_cells
@@ -209,7 +210,7 @@ def run_job(job: Job, advance: Advance) -> None:
             result, items = evaluate_cell(checkpoint, scheme, job.own, advance, solutions)
         record = Record.of(job.cell.kind, job.made_by, job.config.recorded(), result)
         spent = {"wall_s": round(perf_counter() - wall, 3), "cpu_s": round(process_time() - cpu, 3)}
-        store.put(record, items, _circumstances(torch.get_num_threads()) | spent)
+        store.put(record, items, _circumstances(checkpoint, result) | spent)
 
 
 _IN_MEMORY: "dict[tuple[str, CheckpointConfig], Checkpoint]" = {}
@@ -242,12 +243,23 @@ def _records_for_card(config: RunConfig) -> list[Record]:
     return found
 
 
-def _circumstances(threads: int) -> dict[str, Any]:
+def _circumstances(checkpoint: "Checkpoint", result: dict[str, Any]) -> dict[str, Any]:
     """What two runs of the same cell do not share."""
+    import torch
+
+    from quantlab.kernels.product import backend_of
+
+    kernels = result.get("quantization", {}).get("kernels", {})
+    integers = not kernels.keys().isdisjoint(("int8_mm", "llm_int8"))
+    device = checkpoint.model.device
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": platform.node(),
         "machine": platform.machine(),
+        "cpu": cpu()
+        | {"torch": torch.backends.cpu.get_cpu_capability(), "onednn": torch.backends.mkldnn.enabled},
+        **({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}),
+        **({"integer_product": backend_of(device)} if integers else {}),
         "python": platform.python_version(),
-        "threads": threads,
+        "threads": torch.get_num_threads(),
     }

@@ -6,13 +6,14 @@ never used and never silent: it becomes a `Problem`. A planned cell without a re
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from quantlab.records import Record, RecordError, read_items, read_record, read_run
+from quantlab.records import Record, RecordError, read_items, read_record, read_run, read_sidecar
+from reports.machines import machine_of
 from reports.names import BASELINE as BASELINE
 from reports.names import read_scheme
 from reports.planned import Hole, Pairing, holes, pairing
@@ -36,6 +37,8 @@ class Cell:
     checkpoint: str
     record: Record
     items: pd.DataFrame = field(repr=False)
+    machine: str = ""
+    """What computed it, from its sidecar; empty where that does not say."""
 
     @property
     def scheme(self) -> str:
@@ -106,7 +109,10 @@ def load_run(folder: Path) -> Run:
         raise RecordError(
             f"a report needs a run's folder with at least one whole record: {folder} has none.{faults}"
         )
-    cells = _number(read, _labels([record for record, _ in read]))
+    cells = tuple(
+        replace(cell, machine=machine_of(read_sidecar(folder, cell.record.key)))
+        for cell in _number(read, _labels([record for record, _ in read]))
+    )
     missing = () if plan is None else holes(plan, cells)
     name = str((plan or {}).get("config", {}).get("name") or folder.resolve().name)
     return Run(name, cells, missing, pairing(plan, cells), tuple(problems), len(found) - len(chosen))

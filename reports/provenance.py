@@ -6,7 +6,7 @@ from typing import Any
 
 from reports.cautions import KERNELS
 from reports.entries import Entry, number, prose, text
-from reports.load import BASELINE, Cell, Run
+from reports.load import BASELINE, Cell, Run, spans
 from reports.tables import Row, Table, grouped
 
 
@@ -33,7 +33,24 @@ def records_table(run: Run) -> Table:
         "Key: SHA-256 of what made the record. Code: of the sources. Settings: of the resolved configuration. "
         "Data: of the texts and documents. The files hold all of it; hashes are cut to 12 digits here."
     )
-    return Table("records", "Records", columns, grouped(pairs), note)
+    return Table(
+        "records", "Records", columns, grouped(pairs), " ".join(filter(None, (note, _machines(run))))
+    )
+
+
+def _machines(run: Run) -> str:
+    """Which records were computed on which machine, where there is more than one."""
+    machines = list(dict.fromkeys(cell.machine for cell in run.cells))
+    if len(machines) < 2:
+        return ""
+    on = [
+        f"{spans([cell.ref for cell in run.cells if cell.machine == machine])} on {machine or 'a machine unnamed'}"
+        for machine in machines
+    ]
+    return (
+        f"Computed on unlike machines: {'; '.join(on)}. Integer linears give the same bits on all of them; other sums "
+        "are rounded in another order, so the last digits of scores differ (docs/reproducibility.md)."
+    )
 
 
 def _record_row(cell: Cell) -> tuple[Entry, ...]:

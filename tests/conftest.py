@@ -1,4 +1,7 @@
-"""Settings of every test: one thread, no network, and toy checkpoints that are made once."""
+"""Settings of every test: one thread, no network, and toy checkpoints that are made once.
+
+QUANTLAB_TEST_THREADS gives torch more threads; QUANTLAB_TEST_MKLDNN=0 takes oneDNN from it (`make test-cpus`).
+"""
 
 import os
 from pathlib import Path
@@ -12,7 +15,9 @@ import torch
 
 from tests.toys import save_checkpoint
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("QUANTLAB_TEST_THREADS", "1")))
+if os.environ.get("QUANTLAB_TEST_MKLDNN") == "0":
+    torch.backends.mkldnn.set_flags(False)
 
 
 @pytest.fixture(scope="session")

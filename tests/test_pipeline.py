@@ -13,9 +13,11 @@ from quantlab import checks, pipeline
 from quantlab.config import RunConfig, build_config
 from quantlab.errors import ConfigError, SchemeError
 from quantlab.evaluation.tasks import TASKS
+from quantlab.kernels import product
 from quantlab.layers.linear import QuantLinear
+from quantlab.machine import cpu
 from quantlab.models.loading import Checkpoint, load_checkpoint
-from quantlab.records import read_items, read_records
+from quantlab.records import read_items, read_records, read_sidecar
 from quantlab.schemes import Scheme
 from quantlab.sweep.executors import Event
 from quantlab.sweep.jobs import jobs_of
@@ -107,6 +109,29 @@ def test_a_record_says_what_made_it(toy_folder: Path, tmp_path: Path) -> None:
     assert items["correct"].mean() == record.result["hellaswag"]["acc"]
     assert len(items) == 9 and items["item"].is_monotonic_increasing
     assert pipeline.run(config, lambda cells: pytest.fail("computed again") if cells else lambda event: None)
+
+
+def test_machine_and_backend_stand_beside_the_record_and_not_in_it(
+    tmp_path: Path, toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another backend gives another sidecar, and the same record byte for byte."""
+    tree = {"checkpoints": [{"path": str(toy_folder)}], "schemes": ["w8a8"], "profile": None}
+    found = []
+    for backend in ("float32", "native"):
+        monkeypatch.setattr(product, "_choose", lambda *_, backend=backend: backend)
+        run = tmp_path / backend
+        config = build_config(tree | {"out": str(run), "evaluation": EVALUATION | {"tasks": ["hellaswag"]}})
+        baseline, integers = pipeline.run(config, watch_nothing)
+        assert "integer_product" not in read_sidecar(run, baseline.key)
+        notes = read_sidecar(run, integers.key)
+        assert notes["integer_product"] == backend
+        assert notes["cpu"] == cpu() | {
+            "torch": torch.backends.cpu.get_cpu_capability(),
+            "onednn": torch.backends.mkldnn.enabled,
+        }
+        found.append((run / "records" / f"{integers.key}.json").read_bytes())
+    if product.native_is_exact(torch.device("cpu")):
+        assert found[0] == found[1]
 
 
 def test_scores_are_of_the_codes_that_are_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

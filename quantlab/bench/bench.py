@@ -12,6 +12,7 @@ from quantlab.bench.process import EngineError, run_once
 from quantlab.bench.results import BenchResult, Side
 from quantlab.errors import CheckpointError, ConfigError
 from quantlab.inspection.resolving import resolve
+from quantlab.machine import cpu_line
 
 __all__ = ["bench"]
 
@@ -57,6 +58,7 @@ def bench(
             (field, getattr(config, field))
             for field in ("prompt_tokens", "new_tokens", "repeats", "threads", "clock")
         ),
+        cpu=cpu_line(),
     )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from quantlab.errors import UserError
+from quantlab.machine import cpu
 
 __all__ = ["LOADERS", "PACKAGES", "Engine", "gguf_file", "reads", "versions"]
 
@@ -109,7 +110,8 @@ class _LlamaCpp:
     def __init__(self, file: Path, room: int, threads: int) -> None:
         self.arithmetic = "llama.cpp's own: inputs of linears in 8 bits"
         library = import_module("llama_cpp")
-        if _has_amx():
+        # Kernels for tiles crash in llama.cpp where the system does not allow them.
+        if "amx_int8" in cpu()["instruction_sets"]:
             _without_amx(library)
             self.arithmetic += ", without its AMX kernels and repacked weights"
         self.llm = library.Llama(
@@ -133,14 +135,6 @@ class _LlamaCpp:
 
     def num_read(self) -> int:
         return int(self.llm.n_tokens)
-
-
-def _has_amx() -> bool:
-    """Whether this CPU has tiles, whose kernels in llama.cpp crash where the system does not allow them."""
-    try:
-        return "amx_tile" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
 
 
 def _without_amx(library: Any) -> None:

@@ -170,6 +170,8 @@ class BenchResult:
     """What was not done, in sentences."""
     settings: tuple[tuple[str, int | str], ...] = ()
     """Tokens, repeats, threads and clock."""
+    cpu: str = "an unnamed CPU"
+    """Its name and instruction sets."""
 
     @property
     def comparisons(self) -> tuple[Comparison, ...]:
@@ -190,6 +192,7 @@ class BenchResult:
             "engines": [side.summary() for side in self.sides],
             "comparisons": [asdict(one) | {"sentence": one.sentence} for one in self.comparisons],
             "settings": dict(self.settings),
+            "cpu": self.cpu,
             "notes": list(self.notes),
         }
 

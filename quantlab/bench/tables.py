@@ -23,7 +23,9 @@ def bench_table(result: BenchResult) -> Group:
     lines += [one.sentence for one in result.comparisons]
     lines += [f"{side.name} did not run: {side.error}" for side in result.sides if side.error]
     settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in result.settings)
-    return Group(table, *map(escape, (*lines, *result.notes, f"{result.folder}: {settings}, on this CPU")))
+    return Group(
+        table, *map(escape, (*lines, *result.notes, f"{result.folder}: {settings}, on {result.cpu}"))
+    )
 
 
 def _row(side: Side, weights_bytes: int) -> list[str]:

@@ -20,7 +20,14 @@ from quantlab.records.atomic import check_writable, write_atomic
 from quantlab.records.canonical import fingerprint, plain
 from quantlab.records.items import Columns
 from quantlab.records.record import Kind, Record, record_key
-from quantlab.records.run_folder import read_items, read_record, read_records, read_run, write_record
+from quantlab.records.run_folder import (
+    read_items,
+    read_record,
+    read_records,
+    read_run,
+    read_sidecar,
+    write_record,
+)
 from quantlab.records.sealed import write_sealed
 from quantlab.records.sources import source_hash
 
@@ -37,6 +44,7 @@ __all__ = [
     "read_record",
     "read_records",
     "read_run",
+    "read_sidecar",
     "record_key",
     "source_hash",
     "write_atomic",

@@ -1,5 +1,6 @@
 """A run's folder: records are written and read, each with its per-item results beside it."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -16,7 +17,7 @@ from quantlab.records.sealed import damaged, pretty, read_bytes, read_sealed, wr
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["read_items", "read_record", "read_records", "read_run", "write_record"]
+__all__ = ["read_items", "read_record", "read_records", "read_run", "read_sidecar", "write_record"]
 
 _KEY = re.compile(r"\w{1,64}")
 _FIELDS = tuple(field.name for field in fields(Record))
@@ -88,6 +89,15 @@ def read_record(path: Path) -> Record:
     if record.items_sha256 is not None:
         _read_items_bytes(path, record.items_sha256)
     return record
+
+
+def read_sidecar(folder: Path, key: str) -> dict[str, Any]:
+    """Time, host and speed of a record of the run at `folder`; empty where it has none that can be read."""
+    try:
+        notes = json.loads(read_bytes(folder / "sidecars" / f"{key}.json"))
+    except (RecordError, ValueError):
+        return {}
+    return notes if isinstance(notes, dict) else {}
 
 
 def read_items(folder: Path, key: str, task: str | None = None) -> "pandas.DataFrame":

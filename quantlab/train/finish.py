@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from quantlab.export.atomic import new_folder
+from quantlab.machine import cpu_line
 from quantlab.records import plain, source_hash
 from quantlab.train.blocks import held_out_blocks
 from quantlab.train.config import TrainConfig
@@ -93,7 +94,7 @@ def training_record(
 
 def _environment(job: Job, seconds: float) -> dict[str, Any]:
     device = job.settings["process"]["device"]
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_line()
     return {
         "seconds": round(seconds, 1),
         "device": name,

@@ -17,6 +17,7 @@ from quantlab.bench.process import EngineError, run_once
 from quantlab.bench.results import BenchResult, Ratio, Run, Side, compare
 from quantlab.bench.tables import bench_table
 from quantlab.errors import CheckpointError, ConfigError
+from quantlab.machine import cpu_line
 
 MEGABYTE = 10**6
 
@@ -149,7 +150,9 @@ def test_sides_take_turns_and_one_that_fails_does_not_stop_the_others(
     assert "quantlab did not run: it ended with code 1: it needs another library." in text
     assert "transformers is faster here at new tokens (new tokens 3.00 [" in text
     assert "30.1 [30.0, 30.2]" in text
-    assert json.loads(json.dumps(result.summary(), allow_nan=False))["engines"][0]["error"]
+    assert f"clock wall, on {cpu_line()}" in " ".join(text.split())
+    summary = json.loads(json.dumps(result.summary(), allow_nan=False))
+    assert summary["engines"][0]["error"] and summary["cpu"] == cpu_line()
 
 
 def test_a_folder_without_its_parent_is_measured_alone(
