@@ -14,9 +14,14 @@ class TransformConfig(Section):
 
     smooth_alpha: float = Field(0.5, ge=0, le=1)
     """How far outliers move from activations to weights: 0 not at all, 1 entirely."""
-    rotate_parts: tuple[Literal["residual", "values", "down"], ...] = ("residual", "values", "down")
-    """What is rotated: the residual stream and value heads, within the weights; inputs of the FFN's last linear, as
-    they arrive."""
+    rotate_parts: tuple[Literal["residual", "values", "heads", "down"], ...] = (
+        "residual",
+        "values",
+        "heads",
+        "down",
+    )
+    """What is rotated: the residual stream and value heads, within the weights; inputs of attention's output projection
+    across its heads, and of the FFN's last linear, as they arrive."""
     rotate_seed: int = Field(0, ge=0)
     """Seed of the rotations' random signs."""
     spin_bits: int = Field(4, ge=2, le=8)

@@ -3,7 +3,13 @@
     residual   h' = h Q: the embedding and whatever writes to the residual stream turn by Q, whatever reads it by Q too,
                which RMS norms without gains let pass: |h Q| = |h|; gains are folded first
     values     v' = v R for each value head, undone in the output projection; a gain in between is folded first
-    down       inputs of the FFN's last linear are rotated as they arrive, by a Hadamard matrix, undone in its weight
+    heads      inputs of attention's output projection, all heads side by side, are rotated as they arrive, by a
+               Hadamard matrix, undone in its weight: a head that stands out no rotation within heads can spread
+    down       inputs of the FFN's last linear likewise
+
+What is rotated as it arrives leaves the function whatever stands in front of it, norms and gates of heads too. QuaRot
+applies the factor of its matrix that acts across heads as inputs arrive and has the other, within a head, in the
+weights; here R is in the weights and the whole matrix is applied.
 
 Weights are multiplied in float64 and rounded once. Random signs and a Hadamard matrix make Q and R. Source: QuaRot,
 arXiv:2404.00456; residual and values are R1 and R2 of SpinQuant, arXiv:2405.16406.
@@ -22,12 +28,12 @@ from quantlab.layers.rotated import RotatedLinear
 from quantlab.transforms.edges import ValueHeads, find_edges, graph_for, layer_names, value_heads
 from quantlab.transforms.edit import Undo, locate, matrix_of, replace_, set_matrix_
 from quantlab.transforms.fold import fold_final_, fold_norm_
-from quantlab.transforms.hadamard import hadamard_order, random_rotation
+from quantlab.transforms.hadamard import apply_factors, factors_of, hadamard_order, random_rotation
 
 __all__ = ["PARTS", "check_parts", "declared_parts", "fold_residual_", "rotate_", "rotate_residual_"]
 
 Turn = Callable[[Tensor], Tensor]
-PARTS = ("residual", "values", "down")
+PARTS = ("residual", "values", "heads", "down")
 """What can be rotated."""
 
 
@@ -53,14 +59,22 @@ def rotate_(model: nn.Module, undo: Undo, *, seed: int = 0, parts: Sequence[str]
         rotate_residual_(model, random_rotation(size, generator), undo)
     if "values" in parts:
         _rotate_values_(model, graph, generator, undo)
+    if "heads" in parts:
+        assert graph.values is not None, "checked above"
+        notes += _rotate_inputs_(model, graph, graph.values.target, undo)
     if "down" in parts:
-        names = _each_once(model, (prefix + graph.down for prefix in layer_names(model, graph)))
-        notes += _sizes(names, [matrix_of(locate(model, name)[0]).shape[1] for name in names])
-        for name in names:
-            linear, _ = locate(model, name)
-            if not isinstance(linear, RotatedLinear):
-                replace_(model, linear, RotatedLinear(linear), undo)
+        notes += _rotate_inputs_(model, graph, graph.down, undo)
     return notes
+
+
+def _rotate_inputs_(model: nn.Module, graph: Graph, linear_of_layer: str, undo: Undo) -> list[str]:
+    """Let one linear of every layer rotate its inputs; notes."""
+    names = _each_once(model, (prefix + linear_of_layer for prefix in layer_names(model, graph)))
+    for name in names:
+        linear, _ = locate(model, name)
+        if not isinstance(linear, RotatedLinear):
+            replace_(model, linear, RotatedLinear(linear), undo)
+    return _sizes(names, [matrix_of(locate(model, name)[0]).shape[1] for name in names])
 
 
 def declared_parts(model: nn.Module) -> tuple[str, ...]:
@@ -70,7 +84,12 @@ def declared_parts(model: nn.Module) -> tuple[str, ...]:
         SchemeError: the architecture is not declared at all.
     """
     graph = graph_for(model)
-    lacks = {"residual": graph.residual is None, "values": graph.values is None, "down": not graph.down}
+    lacks = {
+        "residual": graph.residual is None,
+        "values": graph.values is None,
+        "heads": graph.values is None,
+        "down": not graph.down,
+    }
     return tuple(part for part in PARTS if not lacks[part])
 
 
@@ -122,7 +141,13 @@ def rotate_heads_(model: nn.Module, heads: ValueHeads, r_CC: Tensor, undo: Undo)
         bias_O[rows] = (bias_O[rows].unflatten(0, (-1, heads.width)) @ r).flatten()
         others["bias"] = bias_O
     set_matrix_(model, heads.source, matrix_OI, undo, **others)
+    # A reader that rotates its inputs already holds its columns turned.
+    factors = [factor.to(matrix_OI) for factor in factors_of(columns_OI.shape[1])]
+    if isinstance(target, RotatedLinear):
+        columns_OI = apply_factors(columns_OI, [factor.T for factor in factors])
     turned_OI = (columns_OI.unflatten(1, (-1, heads.width)) @ r).flatten(1)
+    if isinstance(target, RotatedLinear):
+        turned_OI = apply_factors(turned_OI, factors)
     set_matrix_(model, heads.target, turned_OI, undo)
     for name in heads.inner:
         set_matrix_(model, name, r.T @ matrix_of(locate(model, name)[0]) @ r, undo)

@@ -9,7 +9,7 @@ from quantlab.layers.rotated import HadamardTransform, HeadHadamard, RotatedLine
 from quantlab.transforms import rotate
 from quantlab.transforms.apply import transformed
 from quantlab.transforms.edges import graph_for, layer_names, value_heads
-from quantlab.transforms.edit import Undo, restore
+from quantlab.transforms.edit import Undo, matrix_of, restore
 from quantlab.transforms.guard import Guard, difference, logits_of
 from quantlab.transforms.hadamard import (
     apply_factors,
@@ -82,7 +82,8 @@ def test_which_parts_are_declared() -> None:
     layer_norms = {"gpt2", "gpt_neox", "opt", "gptj", "gpt_neo", "bloom", "mpt", "falcon"}
     assert without == layer_norms | {"gemma2", "gemma3_text", "continuous_depth"}
     assert "residual" in declared["continuous_depth conditioned=False"]
-    assert {case for case, parts in declared.items() if "values" not in parts} == {"mpt", "falcon"}
+    for part in ("values", "heads"):
+        assert {case for case, parts in declared.items() if part not in parts} == {"mpt", "falcon"}
     assert all("down" in parts for parts in declared.values())
 
 
@@ -98,12 +99,13 @@ def test_a_part_that_is_not_declared_is_refused(case: str, why: str) -> None:
     model = random_model(case)
     with (
         pytest.raises(
-            SchemeError, match=rf"its residual may be rotated, since .*{why}.* rotate values and down alone"
+            SchemeError,
+            match=rf"its residual may be rotated, since .*{why}.* rotate values and heads and down alone",
         ),
         transformed(model, ("rotate",), tokens(1), {}),
     ):
         pass
-    with pytest.raises(SchemeError, match="parts of rotate are residual, values, down: found 'keys'"):
+    with pytest.raises(SchemeError, match="parts of rotate are residual, values, heads, down: found 'keys'"):
         rotate.rotate_(model, [], parts=("keys",))
 
 
@@ -125,6 +127,38 @@ def test_a_gain_of_heads_must_be_folded_before_values_turn() -> None:
     undo: Undo = []
     Guard(model, ids).apply("values", lambda undo: rotate.rotate_(model, undo, parts=("values",)), undo)
     assert torch.equal(model.model.layers[0].self_attn.subln.weight, torch.ones(32))
+
+
+@pytest.mark.parametrize("case", ["llama", "diff_v1", "diff_v2", "diffllama", "gpt2"])
+def test_a_head_that_stands_out_is_spread_over_all_heads(case: str) -> None:
+    """By the part across heads alone; a rotation within heads leaves it in its head. The output is the same."""
+    model = random_model(case)
+    graph = graph_for(model)
+    assert graph.values is not None
+    name = layer_names(model, graph)[0] + graph.values.target
+    linear = model.get_submodule(name)
+    inputs = matrix_of(linear).shape[1]
+    x = torch.zeros(1, inputs)
+    x[:, : inputs // 4] = torch.randn(1, inputs // 4, generator=torch.Generator().manual_seed(0))
+    before = linear(x)
+    rotate.rotate_(model, [], parts=("heads",))
+    rotated = model.get_submodule(name)
+    assert isinstance(rotated, RotatedLinear)
+    torch.testing.assert_close(rotated(x), before, rtol=1e-4, atol=1e-4)
+    energy = rotated.before(x).square().view(4, -1).sum(-1) / x.square().sum()
+    assert energy.min() > 0.1 and energy.max() < 0.5
+    rotate.rotate_(model, [], parts=("heads",))
+    assert model.get_submodule(name) is rotated, "once is enough"
+
+
+@pytest.mark.parametrize("case", ["llama", "diff_v2", "diffllama", "dex heads=0,3"])
+def test_values_may_turn_when_heads_have(case: str) -> None:
+    """The reader's columns are turned back for it, in float64."""
+    model = random_model(case)
+    guard, undo = Guard(model, tokens(2)), Undo()
+    for parts in (("heads",), ("values",)):
+        guard.apply("rotate", lambda undo, parts=parts: rotate.rotate_(model, undo, parts=parts), undo)
+    assert_near_rounding(guard)
 
 
 @pytest.mark.parametrize("case", ["llama", "diff_v1", "continuous_depth conditioned=False"])
