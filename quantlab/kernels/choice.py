@@ -77,7 +77,7 @@ def check_integers(weights: TensorSpec, inputs: TensorSpec, linears: Mapping[str
 
 
 def check_packed(kernel: Kernel, weights: TensorSpec, linears: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse matrices that the packed kernel cannot take, by their shapes alone.
+    """Refuse matrices that the packed kernel cannot take, by their shapes and this machine's layout alone.
 
     Args:
         kernel: `int4_packed` or `int8_packed`.
@@ -86,6 +86,8 @@ def check_packed(kernel: Kernel, weights: TensorSpec, linears: Mapping[str, tupl
     Raises:
         SchemeError: names the first such matrix, and what the kernel needs.
     """
+    if kernel == "int4_packed":
+        packed_int4.block_size()
     for name, shape in linears.items():
         reason = _packed_reason(kernel, weights, shape)
         if reason is not None:

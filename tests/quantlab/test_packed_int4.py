@@ -1,5 +1,7 @@
 """Packed kernels: the codes that were given, errors of the size of a bf16 linear's, and no silent other path."""
 
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -17,6 +19,7 @@ from quantlab.numerics.affine import QuantizedTensor
 from quantlab.numerics.qtype import QType
 from quantlab.quantize import quantized
 from quantlab.schemes import Scheme, TensorSpec
+from tests.packed import LAYOUT_IS_KNOWN, needs_int4_layout
 from tests.toys import toy_model
 
 U = 2.0**-8
@@ -37,6 +40,7 @@ INT4 = [
     "w3g64",
     "w2g32z",
 ]
+PACKED_INT4 = [pytest.param(name, marks=needs_int4_layout) for name in INT4]
 INT8 = ["w8", "w6", "w5", "w8t"]
 ROWS = [
     1,
@@ -68,7 +72,7 @@ def inputs(num_rows: int, seed: int = 1) -> Tensor:
     return (torch.randn(num_rows, 512, generator=generator) + 0.3).to(torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", INT4)
+@pytest.mark.parametrize("name", PACKED_INT4)
 @pytest.mark.parametrize("num_outputs", [16, 64, 112, 144, 320])
 def test_packed_codes_are_those_that_were_given(name: str, num_outputs: int) -> None:
     weight = quantized_matrix(name, num_outputs)
@@ -78,7 +82,7 @@ def test_packed_codes_are_those_that_were_given(name: str, num_outputs: int) -> 
     assert packed.packed.numel() * 2 == weight.codes.numel()
 
 
-@pytest.mark.parametrize("name", INT4)
+@pytest.mark.parametrize("name", PACKED_INT4)
 def test_a_weight_differs_from_the_grid_by_what_bf16_scales_cost(name: str) -> None:
     weight = quantized_matrix(name)
     groups = weight.codes.unflatten(1, (weight.scale.shape[1], -1)).double()
@@ -92,6 +96,7 @@ def test_a_weight_differs_from_the_grid_by_what_bf16_scales_cost(name: str) -> N
     assert bound.max() <= (16 * U + 2**-18) * weight.scale.max()
 
 
+@needs_int4_layout
 def test_symmetric_weights_with_scales_as_exports_store_them_are_exact() -> None:
     for name in ("w4", "w4g32", "w3g64"):
         weight = quantized_matrix(name, scale_dtype=torch.bfloat16)
@@ -107,7 +112,7 @@ def errors(x: Tensor, weight_NK: Tensor, out: Tensor, bias: Tensor | None) -> tu
     return (out - exact).square().mean().sqrt().item(), (plain - exact).square().mean().sqrt().item()
 
 
-@pytest.mark.parametrize("name", INT4 + INT8)
+@pytest.mark.parametrize("name", PACKED_INT4 + INT8)
 @pytest.mark.parametrize("num_rows", ROWS)
 def test_the_error_is_at_most_twice_that_of_a_bf16_linear(name: str, num_rows: int) -> None:
     weight, x = quantized_matrix(name), inputs(num_rows)
@@ -121,6 +126,7 @@ def test_the_error_is_at_most_twice_that_of_a_bf16_linear(name: str, num_rows: i
         assert out.dtype == torch.bfloat16 and ours <= 2 * plain, f"{ours:.3e} against {plain:.3e}"
 
 
+@needs_int4_layout
 @pytest.mark.parametrize("name", ["w4g64", "w4g32z"])
 def test_both_paths_compute_the_same_weights(name: str) -> None:
     """Column by column: one-hot inputs read single weights, which are rounded once on either path."""
@@ -133,6 +139,7 @@ def test_both_paths_compute_the_same_weights(name: str) -> None:
         assert torch.equal(packed_int4.linear(one_hot[rows], weight).t(), expected[:, rows])
 
 
+@needs_int4_layout
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_codes_and_zero_points_at_both_ends(bits: int, symmetric: bool) -> None:
@@ -150,6 +157,7 @@ def test_codes_and_zero_points_at_both_ends(bits: int, symmetric: bool) -> None:
         assert torch.equal(packed_int4.linear(one_hot[:8], packed).t(), expected[:, :8])
 
 
+@needs_int4_layout
 def test_float32_inputs_never_reach_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     for name in ("_weight_int4pack_mm_for_cpu", "_weight_int8pack_mm"):
@@ -188,7 +196,7 @@ def test_views_at_odd_addresses_are_read_whole() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["w4g64", "w8"])
+@pytest.mark.parametrize("name", [pytest.param("w4g64", marks=needs_int4_layout), "w8"])
 def test_shapes_and_values_that_are_no_numbers(name: str) -> None:
     linear = QuantLinear(
         nn.Linear(512, 144),
@@ -237,11 +245,15 @@ def test_which_packed_kernel_runs() -> None:
         chosen("w4g64", "cuda")
 
 
-def test_shapes_that_the_ops_cannot_take_are_refused() -> None:
+@needs_int4_layout
+def test_shapes_that_the_int4_op_cannot_take_are_refused() -> None:
     with pytest.raises(SchemeError, match=r"needs a multiple of 16 outputs: it has 40, in a.proj. Use"):
         check_packed("int4_packed", weights_of("w4g64"), {"a.proj": (40, 512)})
     with pytest.raises(SchemeError, match=r"a scale per multiple of 32 inputs: it has one per 48, in a.proj"):
         check_packed("int4_packed", weights_of("w4"), {"a.proj": (64, 48)})
+
+
+def test_shapes_that_the_ops_cannot_take_are_refused() -> None:
     with pytest.raises(SchemeError, match=r"int8_packed needs a multiple of 16 inputs: it has 40, in a.proj"):
         check_packed("int8_packed", weights_of("w8"), {"a.proj": (64, 40)})
     with pytest.raises(SchemeError, match="int4_packed needs a multiple of 16 outputs: it has 40, in b"):
@@ -250,20 +262,43 @@ def test_shapes_that_the_ops_cannot_take_are_refused() -> None:
         packed_int8.PackedInt8Weight(quantized_matrix("w8z"), "b")
 
 
-def test_an_unknown_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        packed_int4,
-        "_pack",
-        lambda codes: torch.zeros(codes.shape[0], codes.shape[1] // 2, dtype=torch.uint8),
+@pytest.fixture
+def unknown_layout(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine whose op has another byte order: this one, or this one pretending."""
+    if LAYOUT_IS_KNOWN:
+        pack = packed_int4._pack
+        monkeypatch.setattr(packed_int4, "_pack", lambda codes: pack(codes).flip(0))
+    packed_int4.block_size.cache_clear()
+    yield
+    packed_int4.block_size.cache_clear()
+
+
+def test_an_unknown_layout_is_refused_before_anything_is_changed(unknown_layout: None) -> None:
+    """Codes could not be read back from it, and products of many tokens would be of other weights."""
+    said = (
+        "packed int4 weights need torch's CPU op in the byte order of AVX-512 or AVX2: this machine has another. "
+        "Use kernel=integer."
     )
-    packed_int4.block_size.cache_clear()
-    with pytest.raises(SchemeError, match=r"this machine has another\. Use kernel=integer"):
-        packed_int4.Int4Weight(quantized_matrix("w4g64"))
-    packed_int4.block_size.cache_clear()
+    model = toy_model()
+    modules = list(model.modules())
+    for refused in (
+        lambda: packed_int4.Int4Weight(quantized_matrix("w4g64")),
+        lambda: check_packed("int4_packed", weights_of("w4g64"), {"a.proj": (64, 512)}),
+        lambda: quantized(model, Scheme.parse("w4g32"), QuantizeConfig(kernel="packed")).__enter__(),
+    ):
+        with pytest.raises(SchemeError, match=re.escape(said)):
+            refused()
+    assert all(now is before for now, before in zip(model.modules(), modules, strict=True))
+    check_packed("int8_packed", weights_of("w8"), {"a.proj": (64, 512)})
 
 
 @pytest.mark.parametrize(
-    ("name", "kernel"), [("w4g32", "int4_packed"), ("w8", "int8_packed"), ("w8a8", "int8_mm")]
+    ("name", "kernel"),
+    [
+        pytest.param("w4g32", "int4_packed", marks=needs_int4_layout),
+        ("w8", "int8_packed"),
+        ("w8a8", "int8_mm"),
+    ],
 )
 def test_a_model_runs_packed_and_says_so(name: str, kernel: str) -> None:
     model = toy_model().to(torch.bfloat16)
@@ -282,6 +317,7 @@ def test_a_model_runs_packed_and_says_so(name: str, kernel: str) -> None:
     assert (logits - expected).abs().max() <= 16 * U * expected.abs().max()
 
 
+@needs_int4_layout
 def test_a_model_with_a_shape_that_cannot_pack_is_left_as_it_was() -> None:
     model = toy_model(intermediate_size=88)
     modules = list(model.modules())
@@ -295,6 +331,7 @@ def test_a_model_with_a_shape_that_cannot_pack_is_left_as_it_was() -> None:
     assert all(now is before for now, before in zip(model.modules(), modules, strict=True))
 
 
+@needs_int4_layout
 def test_a_real_zero_point_far_outside_the_codes_is_refused() -> None:
     """HQQ's, where all weights of a group have one sign: bfloat16 would hold it by steps of its own size."""
     weight = quantized_matrix("w4g64z")

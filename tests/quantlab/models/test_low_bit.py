@@ -18,6 +18,7 @@ from quantlab.models.loading import Checkpoint
 from quantlab.models.low_bit import load_low_bit
 from quantlab.quantize import quantized
 from quantlab.schemes import Scheme
+from tests.packed import needs_int4_layout
 from tests.quantlab.models.folders import export, loaded, logits, simulated
 
 WIDTHS = {"*.q_proj": "w3g16z", "*.down_proj": "w8", "*.o_proj": "w16"}
@@ -107,7 +108,7 @@ def test_a_skipped_linear_that_is_rotated_keeps_its_inputs(
     assert_same(source("llama"), "w4a8-rotate", tmp_path / "out", skip=("*.0.mlp.down_proj",))
 
 
-@pytest.mark.parametrize("kernel", ["simulated", "packed"])
+@pytest.mark.parametrize("kernel", ["simulated", pytest.param("packed", marks=needs_int4_layout)])
 def test_kernels_are_as_asked(source: Callable[..., Path], tmp_path: Path, kernel: str) -> None:
     again = assert_same(source("llama"), "w4g64", tmp_path / "out", "bfloat16", kernel=kernel)
     kernels = {module.kernel for module in again.model.modules() if isinstance(module, QuantLinear)}
