@@ -35,12 +35,15 @@ def test_rounding_is_that_of_symmetric_integers_and_passes_gradients() -> None:
     assert torch.equal(gradient, weights)
 
 
+def divergences(model: torch.nn.Module, ids: Tensor, wanted: Tensor) -> Tensor:
+    """KL from the wanted logits to the model's, mean over the tokens of each sequence [N]."""
+    found, wanted = logits_of(model, ids).log_softmax(-1), wanted.log_softmax(-1)
+    return F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1).mean(-1)
+
+
 def divergence(model: torch.nn.Module, ids: Tensor, wanted: Tensor) -> float:
-    """Mean KL from the wanted logits to the model's."""
-    found = logits_of(model, ids).flatten(0, 1).log_softmax(-1)
-    return float(
-        F.kl_div(found, wanted.flatten(0, 1).log_softmax(-1), reduction="batchmean", log_target=True)
-    )
+    """The mean of `divergences`."""
+    return float(divergences(model, ids, wanted).mean())
 
 
 MIXED = "flow flow_encoder=True"
@@ -89,19 +92,24 @@ def test_the_gradient_is_the_slope(case: str, weights: bool, monkeypatch: pytest
 
 
 def test_learning_lowers_the_divergence_of_the_quantized_model() -> None:
-    """Every token has one of four directions that the random rotation turns into one channel: outliers to unlearn."""
+    """Every token has one of four directions that the random rotation turns into one channel: outliers to unlearn.
+
+    What is learned amplifies the last digits of float sums, so that each CPU learns another rotation: lower is what
+    lies beyond three standard errors, over sequences that both see.
+    """
     model, ids = random_model("llama"), tokens(128)
     start_DD = random_rotation(64, torch.Generator().manual_seed(0)).matrix.float()
     embedding_VD = model.get_input_embeddings().weight.data
     embedding_VD += 3 * embedding_VD.norm(dim=-1).mean() * start_DD[:, torch.arange(512) % 4].T
     learned_from, others = ids[:64], ids[64:]
-    wanted, found = logits_of(model, others), dict[str, float]()
+    wanted, found = logits_of(model, others), dict[str, Tensor]()
     settings = TransformConfig(spin_learning_rate=0.1, spin_batch_size=8)
     for name in ("rotate", "spin"):
         config, text = QuantizeConfig(transforms=settings), Calibrator(learned_from)
         with quantized(model, Scheme.parse(f"w4a4-{name}"), config, calibrator=text):
-            found[name] = divergence(model, others, wanted)
-    assert found["spin"] < 0.85 * found["rotate"]
+            found[name] = divergences(model, others, wanted)
+    lower = found["rotate"] - found["spin"]
+    assert lower.mean() > 3 * lower.std() / len(lower) ** 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
