@@ -3,13 +3,27 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-gpu check benchmarks peers readers clean
+.PHONY: demo test test-cpus test-slow test-gpu check benchmarks peers readers clean
 
 demo: $(VENV)/installed
 	$(BIN)/quantlab run configs/demo.yaml
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# The numeric tests, as `make test` runs them and under every instruction set that this CPU can be kept to: libraries
+# choose other kernels there, so sums are rounded in other orders. All settings are tried, whichever fails.
+NUMERIC := tests/probes $(addprefix tests/quantlab/, allocation attention calibration methods solving transforms \
+  $(addprefix test_, $(addsuffix .py, converters gguf_blocks hellaswag kernels kv_cache layers llm_int8 loglikelihood \
+  methods_on_models numerics packed_int4 packing_rows perplexity product quantize same_bits site_schemes static_ranges \
+  statistics swapping)))
+CPU_SETTINGS := QUANTLAB_TEST_THREADS=1 QUANTLAB_TEST_THREADS=2 QUANTLAB_TEST_MKLDNN=0 ONEDNN_MAX_CPU_ISA=AVX2 \
+  ATEN_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=default,ONEDNN_MAX_CPU_ISA=SSE41
+test-cpus: $(VENV)/installed
+	@failed=; for setting in $(CPU_SETTINGS); do \
+	  echo "== $$setting"; \
+	  env $$(echo $$setting | tr , ' ') $(BIN)/python -m pytest -rs $(NUMERIC) || failed="$$failed $$setting"; done; \
+	  test -z "$$failed" || { echo "failed under:$$failed"; exit 1; }
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
@@ -26,6 +40,7 @@ check: $(VENV)/checked
 benchmarks: $(VENV)/installed
 	$(BIN)/python benchmarks/attention_statistics.py
 	$(BIN)/python benchmarks/integer_linear.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cpu_settings.py
 	$(BIN)/python benchmarks/differential_attention.py
 	$(BIN)/python benchmarks/golden_errors.py
 	$(BIN)/python benchmarks/hellaswag_throughput.py

@@ -40,6 +40,7 @@ import sys
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+torch.set_num_threads(1)
 ids = torch.from_numpy(np.load(sys.argv[1]))
 for folder in sys.argv[2:]:
     AutoTokenizer.from_pretrained(folder)
