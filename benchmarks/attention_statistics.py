@@ -290,7 +290,9 @@ def main() -> None:
     found = {case: best_of(case[0], runs[case]) for case in cases}
     for median in (False, True):
         check_same(found["eager", median][2], found["ours", median][2])
-    sys.stdout.write(table(found, options.length) + "\n")
+    from quantlab.machine import cpu_line  # not where a side is measured
+
+    sys.stdout.write(f"{cpu_line()}\n{table(found, options.length)}\n")
 
 
 if __name__ == "__main__":

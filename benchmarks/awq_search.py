@@ -18,6 +18,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from quantlab.machine import cpu_line
 from quantlab.methods.awq import candidate_scales, output_errors
 from quantlab.methods.rtn import quantize_weight
 from quantlab.schemes import Scheme, TensorSpec
@@ -110,6 +111,7 @@ def main() -> None:
     spec = Scheme.parse(options.scheme).weights
     assert isinstance(spec, TensorSpec)
     print(  # noqa: T201
+        f"{cpu_line()}\n"
         f"{options.scheme}, n = {options.tokens} tokens, {options.steps} grid points, CPU seconds, best of "
         f"{options.rounds}\n\n"
         "| linears | forward | from X^T X | times faster | X^T X | with X^T X | loss | alpha |\n"

@@ -23,6 +23,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from quantlab.machine import cpu_line
+
 ROOT = Path(__file__).parent.parent
 HIDDEN, INNER, HEADS, KEYS, VOCABULARY = 3072, 8192, 24, 8, 32000
 HEAD_DIM = HIDDEN // HEADS
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     asked = parser.parse_args()
+    say(cpu_line())
     with tempfile.TemporaryDirectory(prefix="calibration-memory-") as folder:
         place = Path(folder)
         shards = write_checkpoint(place / "model", asked.layers)

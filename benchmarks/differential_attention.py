@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from quantlab.attention.variants import VARIANTS
+from quantlab.machine import cpu_line
 from quantlab.models.configuration import QuantlabConfig
 
 Side = Callable[[], Tensor]
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    print(cpu_line())  # noqa: T201
     print(f"H={asked.heads}, d={asked.head_dim}, causal, batch 1, {asked.device}, ms, best of {asked.rounds}")  # noqa: T201
     print("length   plain   two calls   diff_v1   /plain   two calls/   plain 2H   diff_v2   /plain 2H")  # noqa: T201
     with torch.no_grad():

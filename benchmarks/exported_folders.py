@@ -17,6 +17,7 @@ import torch
 from quantlab import pipeline
 from quantlab.config import build_config
 from quantlab.errors import UserError
+from quantlab.machine import cpu_line
 from quantlab.verify.config import VerifyConfig
 from quantlab.verify.verify import verify
 
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--only", help="one format")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    print(f"{cpu_line()}\n")  # noqa: T201
     print(HEAD)  # noqa: T201
     for (model, path, dtype), format_name, schemes in FOLDERS:
         for scheme in schemes if asked.only in (None, format_name) else ():

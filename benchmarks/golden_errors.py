@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from quantlab.machine import cpu_line
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from probes.attention import attention_sites
@@ -71,7 +73,7 @@ def main() -> None:
         for (variant, file), (relative, absolute, key) in worst.items():
             count = str(len(seen[variant, file]))
             table.add_row(variant, file, str(dtype), count, key, f"{absolute:.1e}", f"{relative:.1e}")
-    Console(width=140).print(table)
+    Console(width=140).print(cpu_line(), table)
 
 
 if __name__ == "__main__":

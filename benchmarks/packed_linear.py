@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quantlab.kernels import integer, packed_int4, packed_int8
+from quantlab.machine import cpu_line
 from quantlab.methods.rtn import quantize_weight
 from quantlab.schemes import Scheme, TensorSpec
 
@@ -137,6 +138,7 @@ def main() -> None:
     small = {name: side for name, side in sides.items() if "un" not in name and "widened" not in name}
     first = measure(small | {reading.name: reading}, 1, arguments.features, arguments.rounds)
     roof = reading.num_bytes / first[reading.name]
+    print(cpu_line())  # noqa: T201
     print(f"M = 1, {arguments.features} x {arguments.features}, one thread\n")  # noqa: T201
     print("| | MB read | CPU ms | times faster than bf16 | GB/s | share of read bandwidth |")  # noqa: T201
     print("|---|---|---|---|---|---|")  # noqa: T201
