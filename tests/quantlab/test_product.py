@@ -215,6 +215,16 @@ def test_the_faster_exact_backend_runs(monkeypatch: pytest.MonkeyPatch, fresh: N
         assert product.backend_of(CPU) == chosen, "asked once a process"
 
 
+def test_the_probe_times_one_thread_and_leaves_the_others(fresh: None) -> None:
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        product._seconds(lambda: seen.append(torch.get_num_threads()) or torch.zeros(1), CPU)
+        assert set(seen) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_no_native_product_at_all(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
     def missing(*_: Tensor, **__: Tensor) -> Tensor:
         raise NotImplementedError("no int8 product here")
