@@ -118,7 +118,8 @@ def padded_product(left_MK: Tensor, right_NK: Tensor) -> Tensor:
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
     """float32 products stay float32: no autocast, no TF32 and no bfloat16 inside."""
-    matmul: Any = torch.backends.cuda.matmul if device_type == "cuda" else torch.backends.mkldnn.matmul
+    backends: Any = torch.backends
+    matmul = (backends.cuda if device_type == "cuda" else backends.mkldnn).matmul
     before = matmul.fp32_precision
     lowered = before not in ("none", "ieee")
     with torch.autocast(device_type, enabled=False):
