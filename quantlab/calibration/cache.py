@@ -3,14 +3,14 @@
     runs/calibration/KEY/        see `stored`
 
 The key covers the checkpoint's content, the tokens, dtype, dtype of the sums, transforms, the format's version, the
-version of transformers and the sources that decide the numbers. Device and batch size change rounding alone. Until a
+versions of torch and transformers, what moves the last digits (device, batch size, threads), and every source that a
+calibration can run: those which `quantlab.calibration.job` reaches through imports. Until a
 folder is complete each finished layer is kept: after a kill the same call runs those layers again, to have their
 outputs, but sums nothing for those whose files are whole.
 """
 
 import hashlib
 from collections.abc import Callable
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,27 +24,18 @@ from quantlab.calibration.partial import Partial
 from quantlab.calibration.statistics import Calibration
 from quantlab.calibration.stored import FORMAT_VERSION, open_calibration
 from quantlab.calibration.stream import Source, check_ids
-from quantlab.calibration.whole_files import digest_of
 from quantlab.errors import OutputError
-from quantlab.records import fingerprint
+from quantlab.records import fingerprint, reachable_hash
 from quantlab.sweep.store import RunStore
 
-__all__ = ["FOLDER", "SOURCES", "calibrated"]
+__all__ = ["ENTRY", "FOLDER", "calibrated"]
 
 FOLDER = Path("runs/calibration")
 """Where calibrations go unless the configuration says otherwise."""
 
-SOURCES = (
-    "probes",
-    "quantlab/attention",
-    "quantlab/calibration",
-    "quantlab/kernels",
-    "quantlab/layers",
-    "quantlab/models",
-    "quantlab/numerics",
-    "quantlab/reading",
-)
-"""Packages that decide what is summed: how weights are loaded, what layers compute of them, and the sums."""
+ENTRY = ("quantlab.calibration.job",)
+"""Modules from which everything that decides the numbers is reached: how weights are read and loaded, what layers
+compute of them, and the sums."""
 
 
 def calibrated(
@@ -72,7 +63,7 @@ def calibrated(
         OutputError: the folder cannot be written.
     """
     check_ids(ids_NT)
-    made_by = _made_by(model, ids_NT, checkpoint, transforms, accumulate)
+    made_by = _made_by(model, ids_NT, checkpoint, transforms, accumulate, batch_size)
     key = fingerprint(made_by)
     with RunStore(folder).claim(key):
         if not (folder / key).exists():
@@ -99,7 +90,12 @@ def calibrated(
 
 
 def _made_by(
-    model: nn.Module, ids_NT: Tensor, checkpoint: str, transforms: str, accumulate: torch.dtype
+    model: nn.Module,
+    ids_NT: Tensor,
+    checkpoint: str,
+    transforms: str,
+    accumulate: torch.dtype,
+    batch_size: int,
 ) -> dict[str, Any]:
     """All that the numbers depend on."""
     return {
@@ -110,14 +106,17 @@ def _made_by(
         "dtype": name_of(next(model.parameters()).dtype),
         "accumulate": name_of(accumulate),
         "transforms": transforms,
-        "transformers": version("transformers"),
-        "code": _code(),
+        "libraries": {name: version(name) for name in ("torch", "transformers")},
+        "computation": {
+            "device": _device(model).type,
+            "batch_size": batch_size,
+            "threads": torch.get_num_threads(),
+        },
+        "code": reachable_hash(*ENTRY),
     }
 
 
-@cache
-def _code() -> str:
-    """Hash of the sources that decide the numbers."""
-    root = Path(__file__).resolve().parents[2]
-    files = [file for package in SOURCES for file in (root / package).rglob("*.py")]
-    return fingerprint({file.relative_to(root).as_posix(): digest_of(file) for file in files})
+def _device(model: nn.Module) -> torch.device:
+    """Where a model computes: of one on the meta device, whose weights are lent, only the buffers are real."""
+    devices = (tensor.device for tensor in (*model.parameters(), *model.buffers()))
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))

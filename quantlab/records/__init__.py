@@ -7,8 +7,9 @@
     RUN/report/                 built from the above
 
 KEY is the SHA-256 of what made the record (`made_by`: checkpoint content, scheme, data, settings, sources), never of a
-name or a time. The same inputs give the same bytes. The Parquet is written first and the JSON last, with the
-Parquet's hash and its own in it: a record exists when its JSON does, and a damaged one is a `RecordError`.
+name or a time. Its section `computation` says how, where that moves the last digits; all else says what was computed.
+The same inputs give the same bytes. The Parquet is written first and the JSON last, with the Parquet's hash and its own
+in it: a record exists when its JSON does, and a damaged one is a `RecordError`.
 
 JSON has no NaN and no infinity. In a result such a number becomes null and `nonfinite` says what stood there;
 in what is hashed (`made_by`, `config`) it is refused.
@@ -19,7 +20,7 @@ from quantlab.errors import OutputError, RecordError
 from quantlab.records.atomic import check_writable, write_atomic
 from quantlab.records.canonical import fingerprint, plain
 from quantlab.records.items import Columns
-from quantlab.records.record import Kind, Record, record_key
+from quantlab.records.record import COMPUTATION, Kind, Record, record_key, what_was_computed
 from quantlab.records.run_folder import (
     read_items,
     read_record,
@@ -29,9 +30,10 @@ from quantlab.records.run_folder import (
     write_record,
 )
 from quantlab.records.sealed import write_sealed
-from quantlab.records.sources import source_hash
+from quantlab.records.sources import reachable_hash, source_hash
 
 __all__ = [
+    "COMPUTATION",
     "Columns",
     "Kind",
     "OutputError",
@@ -40,6 +42,7 @@ __all__ = [
     "check_writable",
     "fingerprint",
     "plain",
+    "reachable_hash",
     "read_items",
     "read_record",
     "read_records",
@@ -47,6 +50,7 @@ __all__ = [
     "read_sidecar",
     "record_key",
     "source_hash",
+    "what_was_computed",
     "write_atomic",
     "write_record",
     "write_sealed",

@@ -14,11 +14,10 @@ from quantlab.calibration.cache import calibrated
 from quantlab.calibration.collect import calibrate
 from quantlab.errors import OutputError
 from quantlab.quantize import quantized
+from quantlab.records.sources import ROOT, reachable
 from quantlab.schemes import Scheme
 from tests import toys
 from tests.quantlab.calibration.toy_calibrations import ids, store
-
-ROOT = Path(cache.__file__).parents[2]
 
 
 def test_it_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +30,7 @@ def test_it_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(
     "changes",
-    [{"checkpoint": "other"}, {"transforms": "rotate"}, {"accumulate": torch.float64}],
+    [{"checkpoint": "other"}, {"transforms": "rotate"}, {"accumulate": torch.float64}, {"batch_size": 2}],
 )
 def test_what_makes_it_names_it(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert store(tmp_path).key != store(tmp_path, **changes).key
@@ -41,7 +40,11 @@ def test_other_tokens_dtype_and_version_make_another(tmp_path: Path, monkeypatch
     keys = {store(tmp_path).key, store(tmp_path, model=toys.toy_model().bfloat16()).key}
     keys.add(calibrated(toys.toy_model(), ids(seed=2), folder=tmp_path, checkpoint="abc").key)
     monkeypatch.setattr(stored, "FORMAT_VERSION", 2)
-    for name, value in (("FORMAT_VERSION", 2), ("version", lambda name: "0.0"), ("_code", lambda: "other")):
+    for name, value in (
+        ("FORMAT_VERSION", 2),
+        ("version", lambda name: "0.0"),
+        ("reachable_hash", lambda *names: "other"),
+    ):
         monkeypatch.setattr(cache, name, value)
         keys.add(store(tmp_path).key)
     assert len(keys) == 6
@@ -63,18 +66,25 @@ def test_the_code_covers_every_source_that_a_calibration_runs(
     with attention_sites(model), quantized(model, Scheme.parse(scheme)):
         ran = _files_run_by(lambda: calibrate(model, ids()))
     assert any(file.startswith(f"{room}/") for file in ran)
-    covered = tuple(f"{package}/" for package in cache.SOURCES)
-    assert not [file for file in ran if not file.startswith(covered)]
+    covered = {path.relative_to(ROOT).as_posix() for path in reachable(cache.ENTRY)}
+    assert ran <= covered
 
 
-def test_the_code_is_of_every_file_of_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    hashed: list[Path] = []
-    monkeypatch.setattr(cache, "digest_of", lambda file: hashed.append(file) or "")
-    assert len(cache._code.__wrapped__()) == 64
-    assert {file.relative_to(ROOT).as_posix() for file in hashed} >= {
-        f"quantlab/calibration/{Path(module.__file__ or '').name}" for module in (cache, stored)
+def test_the_code_covers_what_reads_a_checkpoint() -> None:
+    """Loading runs before `calibrate`: rows of GGUF weights are permuted by inspection, other formats decoded."""
+    covered = {path.relative_to(ROOT).as_posix() for path in reachable(cache.ENTRY)}
+    assert covered >= {
+        "quantlab/inspection/gguf_names.py",
+        "quantlab/models/loading.py",
+        "quantlab/models/gguf_weights.py",
+        *(path.relative_to(ROOT).as_posix() for path in (ROOT / "quantlab" / "reading").rglob("*.py")),
     }
-    assert all(any(file.is_relative_to(ROOT / package) for file in hashed) for package in cache.SOURCES)
+
+
+def test_threads_make_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = store(tmp_path).key
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert store(tmp_path).key != one
 
 
 def _files_run_by(call: Callable[[], object]) -> set[str]:
