@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from quantlab.records import fingerprint
+from quantlab.records import COMPUTATION, fingerprint, what_was_computed
 from quantlab.statistics import (
     Estimate,
     mcnemar_exact,
@@ -16,16 +16,17 @@ from reports.load import BASELINE, Cell
 
 
 def baseline_of(cell: Cell, cells: tuple[Cell, ...]) -> Cell | None:
-    """The w16 cell of the same checkpoint on the same data and settings."""
+    """The w16 cell of the same checkpoint on the same data and settings; computed alike, where there is a choice."""
     if cell.scheme == BASELINE:
         return None
     alike = [c for c in cells if c.scheme == BASELINE and setting(c) == setting(cell)]
-    return alike[0] if alike else None
+    how = cell.record.made_by.get(COMPUTATION)
+    return min(alike, key=lambda c: c.record.made_by.get(COMPUTATION) != how, default=None)
 
 
 def setting(cell: Cell) -> str:
-    """Fingerprint of all that made a record, but what quantized it: only records of one setting compare."""
-    made_by = cell.record.made_by
+    """Fingerprint of what was computed, but what quantized it: only records of one setting compare."""
+    made_by = what_was_computed(cell.record.made_by)
     return fingerprint({k: v for k, v in made_by.items() if k not in ("scheme", "kernel", "quantize")})
 
 

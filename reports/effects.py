@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from quantlab.records import fingerprint
+from quantlab.records import COMPUTATION, fingerprint, what_was_computed
 from quantlab.statistics import Estimate, difference_of_changes, holm, p_of_zero, paired_ratio_difference
 from reports.changes import baseline_of
 from reports.load import BASELINE, Cell, Run, scheme_order
@@ -80,7 +80,8 @@ def _effect(cell: Cell, theirs: list[Cell], cells: tuple[Cell, ...]) -> dict[str
     alike = [other for other in named if _setting(other) == _setting(cell)]
     if not alike:
         return {"note": "not compared: scored on other data or with other settings"}
-    quad = _Quad.of(cell, alike[0], cells)
+    how = cell.record.made_by.get(COMPUTATION)
+    quad = _Quad.of(cell, min(alike, key=lambda other: other.record.made_by.get(COMPUTATION) != how), cells)
     if quad is None:
         return {"note": "not compared: no 16-bit record on the same data"}
     found: dict[str, Any] = {"source": quad.source, "refs": quad.refs}
@@ -90,8 +91,8 @@ def _effect(cell: Cell, theirs: list[Cell], cells: tuple[Cell, ...]) -> dict[str
 
 
 def _setting(cell: Cell) -> str:
-    """Fingerprint of all that made a record but the checkpoint's content: records of two checkpoints compare in it."""
-    made_by = dict(cell.record.made_by)
+    """Fingerprint of what was computed but the checkpoint's content: records of two checkpoints compare in it."""
+    made_by = what_was_computed(cell.record.made_by)
     checkpoint = made_by.pop("checkpoint", None) or {}
     return fingerprint(made_by | {"dtype": checkpoint.get("dtype"), "device": checkpoint.get("device")})
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from quantlab.records import COMPUTATION
 from reports.cautions import KERNELS
 from reports.entries import Entry, number, prose, text
 from reports.load import BASELINE, Cell, Run, spans
@@ -34,7 +35,11 @@ def records_table(run: Run) -> Table:
         "Data: of the texts and documents. The files hold all of it; hashes are cut to 12 digits here."
     )
     return Table(
-        "records", "Records", columns, grouped(pairs), " ".join(filter(None, (note, _machines(run))))
+        "records",
+        "Records",
+        columns,
+        grouped(pairs),
+        " ".join(filter(None, (note, _machines(run), _computations(run)))),
     )
 
 
@@ -50,6 +55,28 @@ def _machines(run: Run) -> str:
     return (
         f"Computed on unlike machines: {'; '.join(on)}. Integer linears give the same bits on all of them; other sums "
         "are rounded in another order, so the last digits of scores differ (docs/reproducibility.md)."
+    )
+
+
+def _computations(run: Run) -> str:
+    """Which records were computed with which threads and batch sizes, where they differ among those that they move."""
+    hows = {cell.ref: cell.record.made_by.get(COMPUTATION) or {} for cell in run.cells}
+    # Of one setting all that a record has: a scheme that no batch size moves differs in nothing by lacking it.
+    settings: dict[str, dict[str, list[str]]] = {}
+    for ref, how in hows.items():
+        for name, value in how.items():
+            settings.setdefault(name, {}).setdefault(str(value), []).append(ref)
+    unlike = [
+        f"{name.replace('_', ' ')} {value} ({spans(refs)})"
+        for name, values in settings.items()
+        if len(values) > 1
+        for value, refs in values.items()
+    ]
+    if not unlike:
+        return ""
+    return (
+        f"Computed in unlike ways: {', '.join(unlike)}. These records compare: sums are rounded in another order, "
+        "which moves log-likelihoods by less than 1e-4, and the last digits of scores with them."
     )
 
 

@@ -7,9 +7,13 @@ from typing import Any, Literal, Self
 from quantlab.records.canonical import fingerprint, plain, without_nonfinite
 from quantlab.records.sealed import SCHEMA
 
-__all__ = ["Kind", "Record", "record_key"]
+__all__ = ["COMPUTATION", "Kind", "Record", "record_key", "what_was_computed"]
 
 Kind = Literal["evaluation", "profile"]
+
+COMPUTATION = "computation"
+"""The section of `made_by` that says how a result was computed (batch composition, threads): it moves the last digits,
+so it is in the key, but two records that differ in it alone are of the same thing and compare."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ class Record:
         finite = without_nonfinite(plain(result), "", nonfinite)
         key = record_key(kind, made_by)
         return cls(kind, key, plain(made_by), plain(config), fingerprint(config), finite, nonfinite)
+
+
+def what_was_computed(made_by: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record's inputs say of the thing itself, without how it was computed."""
+    return {name: value for name, value in made_by.items() if name != COMPUTATION}
 
 
 def record_key(kind: Kind, made_by: Mapping[str, Any]) -> str:

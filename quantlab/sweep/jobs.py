@@ -2,8 +2,10 @@
 
 A key covers the checkpoint's content, dtype and kind of device, the scheme, the skipped linears, the kernel, the dtype
 of scales, the calibration and the settings of methods and transforms where the scheme has any, the data's content and
-which of it, the BOS policy, the libraries and the sources of quantlab. Batch size,
-workers, names and the places of files are absent: they are not what a score is the result of.
+which of it, the BOS policy, the libraries and the sources of quantlab. Its section `computation` holds what
+moves the last digits of this cell's scores: threads and batch sizes. Schemes that round values are scored one document
+at a time, to the same bits for any of them, and have no such section unless calibration or a method made their codes.
+Workers, names and the places of files are absent: they are not what a score is the result of.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,12 +17,12 @@ from typing import Any
 from quantlab.config import CheckpointConfig, RunConfig
 from quantlab.inspection.checkpoint import CheckpointInfo, content_hash
 from quantlab.inspection.precision import stored_precision
-from quantlab.records import record_key, source_hash
+from quantlab.records import COMPUTATION, record_key, source_hash
 from quantlab.schemes import METHODS, Scheme
 from quantlab.sweep.plan import Cell, plan
 
 _ELSEWHERE: dict[str, Any] = {"text": {"path"}, "batch_size": True, "stream": True, "cache": True}
-"""Of a calibration's settings, those that change neither text nor statistics beyond rounding."""
+"""Of a calibration's settings, those that are no part of what it is of."""
 _KERNELS = ("flash_attn",)
 """Libraries whose presence alone changes what computes."""
 
@@ -52,7 +54,9 @@ class Job:
             "transforms",
             "widths",
         )
-        return {name: self.made_by[name] for name in names if name in self.made_by}
+        made = {name: self.made_by[name] for name in names if name in self.made_by}
+        # Of every scheme alike, so that those of one grid share their codes.
+        return made | {COMPUTATION: _of_codes(self.config, calibrated="calibration" in made)}
 
     @property
     def checkpoint(self) -> CheckpointConfig:
@@ -82,7 +86,9 @@ def jobs_of(
         source = sources[cell.checkpoint]
         shared = {"checkpoint": source, "code": source_hash(), "libraries": libraries}
         settings = _of_profile if cell.kind == "profile" else _of_evaluation
-        jobs.append(Job(cell, config, shared | settings(cell, config.of(cell.checkpoint), source, data)))
+        made_by = shared | settings(cell, config.of(cell.checkpoint), source, data)
+        how = _computation(cell, config, infos[cell.checkpoint].carries, source["device"])
+        jobs.append(Job(cell, config, made_by | ({COMPUTATION: how} if how else {})))
     return jobs
 
 
@@ -121,6 +127,32 @@ def made_of_weights(scheme: Scheme, config: RunConfig, data: Mapping[str, str]) 
         # In order: where several patterns match, the last one holds.
         made["widths"] = [list(item) for item in config.quantize.widths.items()]
     return made
+
+
+def _computation(cell: Cell, config: RunConfig, carries: str | None, device: str) -> dict[str, Any]:
+    """What moves the last digits of a cell's result.
+
+    Args:
+        carries: scheme of a folder of low-bit weights, which decides on the layout as any other.
+    """
+    scheme = Scheme.parse(cell.scheme)
+    layout = Scheme.parse(carries or cell.scheme)
+    how: dict[str, Any] = {}
+    if scheme.needs or scheme.method != "rtn":
+        how |= _of_codes(config, calibrated=bool(scheme.needs))
+    if cell.kind == "profile" or not layout.rounds_values:
+        how |= {"threads": config.sweep.threads}
+    if cell.kind == "evaluation" and not layout.rounds_values:
+        assert config.evaluation is not None
+        how |= {"batch_size": config.evaluation.batch_size}
+    # What is summed on a GPU is not divided among threads of the CPU.
+    return how if device == "cpu" else {name: value for name, value in how.items() if name != "threads"}
+
+
+def _of_codes(config: RunConfig, *, calibrated: bool) -> dict[str, Any]:
+    """What moves the codes of a method that sums, and the statistics that it reads."""
+    sizes = {"calibration_batch_size": config.calibration.batch_size} if calibrated else {}
+    return {"threads": config.sweep.threads} | sizes
 
 
 def _scale_dtype(config: RunConfig, source: Mapping[str, Any]) -> str:

@@ -8,8 +8,10 @@ import pytest
 
 from quantlab import statistics
 from quantlab.records import Record, read_items, write_record
+from reports.changes import baseline_of
 from reports.findings import accuracy_finding, cost_findings, summary
 from reports.load import load_run
+from reports.provenance import records_table
 from reports.scores import scores
 from tests.reports.synthetic import evaluation_cell, made_by, write_run
 
@@ -84,6 +86,39 @@ def test_settings_that_do_not_compare_are_groups_of_their_own(tmp_path: Path) ->
     frame = scores(load_run(tmp_path))
     assert set(frame["checkpoint"]) == {"A, setting 1", "A, setting 2"} and len(frame) == 3
     assert (frame["note"] != "").sum() == 1 and frame["nats_change"].notna().sum() == 1
+
+
+def test_records_that_were_computed_otherwise_compare_and_it_is_said(tmp_path: Path) -> None:
+    """Threads and batch size are in a record's key; they do not decide what it is compared with."""
+    hows = {
+        "w16": {"threads": 1, "batch_size": "auto"},
+        "w8": {"threads": 2, "batch_size": "auto"},
+        "w8a8": None,
+    }
+    for scheme, how in hows.items():
+        record, items = evaluation_cell("A", 0, scheme, ("perplexity",), 8)
+        made = record.made_by | ({"computation": how} if how else {})
+        write_record(tmp_path, Record.of("evaluation", made, {}, record.result), items, {})
+    run = load_run(tmp_path)
+    frame = scores(run)
+    assert set(frame["checkpoint"]) == {"A"} and frame["nats_change"].notna().sum() == 2
+    refs = {cell.scheme: cell.ref for cell in run.cells}
+    note = records_table(run).note
+    assert f"threads 1 ({refs['w16']}), threads 2 ({refs['w8']})" in note
+    assert "batch size" not in note and refs["w8a8"] not in note.partition("unlike ways")[2]
+
+
+def test_a_baseline_that_was_computed_alike_is_preferred(tmp_path: Path) -> None:
+    cells = []
+    for scheme, threads in (("w16", 1), ("w16", 2), ("w8", 2), ("w16", 3)):
+        record, items = evaluation_cell("A", 0, scheme, ("perplexity",), 8)
+        made = record.made_by | {"computation": {"threads": threads}}
+        cells.append(Record.of("evaluation", made, {}, record.result))
+        write_record(tmp_path, cells[-1], items, {})
+    run = load_run(tmp_path)
+    (ours,) = [cell for cell in run.cells if cell.scheme == "w8"]
+    found = baseline_of(ours, run.cells)
+    assert found is not None and found.record.key == cells[1].key
 
 
 def test_series_split_where_two_schemes_share_bits(run: tuple[Path, pd.DataFrame]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantlab.config import build_config
 from quantlab.layers.linear import QuantLinear
 from quantlab.methods.gptq import quantize_weights
 from quantlab.quantize import quantized
@@ -90,7 +91,8 @@ def test_a_solution_is_of_the_code_that_found_it(tmp_path: Path) -> None:
     scheme = Scheme.parse("w4g32-gptq")
     paths = set()
     for code in (source_hash(), "other"):
-        job = Job(None, None, {"checkpoint": "toy", "code": code, "seconds": 1})  # type: ignore[arg-type]
-        assert job.weights_made_by == {"checkpoint": "toy", "code": code}
+        config = build_config({"checkpoints": [{"path": "toy"}]})
+        job = Job(None, config, {"checkpoint": "toy", "code": code, "seconds": 1})  # type: ignore[arg-type]
+        assert job.weights_made_by == {"checkpoint": "toy", "code": code, "computation": {"threads": 1}}
         paths.add(SolutionStore(tmp_path, job.weights_made_by).path(scheme))
     assert len(paths) == 2
