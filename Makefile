@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/quantlab run configs/demo.yaml
 
+# A worker for each core; each computes with one thread.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup
 
 # The numeric tests, as `make test` runs them and under every instruction set that this CPU can be kept to: libraries
 # choose other kernels there, so sums are rounded in other orders. All settings are tried, whichever fails.

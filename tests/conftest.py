@@ -20,6 +20,13 @@ if os.environ.get("QUANTLAB_TEST_MKLDNN") == "0":
     torch.backends.mkldnn.set_flags(False)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """An hour for what takes minutes on real weights; every other test has the limit of pyproject.toml."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 @pytest.fixture(scope="session")
 def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of toy size in a Hugging Face folder, tokenizer included. Read only: copy it to change it."""
