@@ -5,9 +5,10 @@
     quantlab run configs/methods/autoround.yaml
     python benchmarks/methods_table.py runs/methods-weights runs/methods-activations runs/methods-autoround
 
-Perplexity with its 95% interval; the change of nats per token from 16 bits, paired by block; HellaSwag's acc_norm with
-its interval, and the change of the margin between the right ending and the best wrong one, paired by document. A task
-that a scheme has no record of stays empty. Every record of a folder counts, also those of an earlier plan of the run.
+Perplexity with its 95% interval; the change of nats per token from 16 bits, paired, with documents of the text as
+units; HellaSwag's acc_norm with its interval, and the change of the margin between the right ending and the best wrong
+one, paired by document. A task that a scheme has no record of stays empty. Every record of a folder counts, also those
+of an earlier plan of the run.
 """
 
 import argparse
@@ -69,7 +70,9 @@ def _perplexity(entry: dict[str, tuple[Path, Record]], base: dict[str, tuple[Pat
         read_items(where, each.key, "perplexity")
         for where, each in ((folder, record), (base_folder, base_record))
     )
-    change = statistics.paired_ratio_difference(mine["nats"], theirs["nats"], mine["num_tokens"])
+    change = statistics.paired_text_difference(
+        mine["nats"], theirs["nats"], mine["num_tokens"], mine["document"]
+    )
     result = record.result["perplexity"]
     low, high = result["perplexity_interval"]
     return [f"{result['perplexity']:.2f} [{low:.1f}, {high:.1f}]", _change(change)]

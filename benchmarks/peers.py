@@ -169,8 +169,8 @@ def table(rows: Sequence[Row]) -> str:
     ]
     num_tokens = np.full(len(rows[0].nats_N), 511)
     for row in rows:
-        nats = statistics.ratio(row.nats_N, num_tokens)
-        change = statistics.paired_ratio_difference(row.nats_N, rows[0].nats_N, num_tokens)
+        nats = statistics.text_ratio(row.nats_N, num_tokens, row.document_N)
+        change = statistics.paired_text_difference(row.nats_N, rows[0].nats_N, num_tokens, row.document_N)
         made = row.settings
         low, value, high = (math.exp(x) for x in (nats.low, nats.value, nats.high))
         lines.append(

@@ -52,12 +52,15 @@ class TextConfig(Section):
     path: str | None = None
     """UTF-8 text file, or `package://NAME/FILE` for one that an installed Python package carries; none means the
     WikiText-2 raw test split that ships with quantlab."""
+    format: Literal["auto", "rows", "file"] = "auto"
+    """`rows`: every line is a row, a blank line an empty one, joined by two newlines, as most papers read WikiText-2;
+    `file`: the file as it is, as llama.cpp reads it; `auto`: rows for the WikiText-2 that ships, else the file."""
     sequence_length: int = Field(512, ge=2)
     """Tokens in a block."""
     num_sequences: int | None = Field(16, ge=1)
     """Blocks used; none means all of them."""
-    sampling: Literal["first", "draw"] = "first"
-    """The first blocks of the text, or a seeded draw among all of them."""
+    sampling: Literal["first", "draw"] = "draw"
+    """A seeded draw among all blocks of the text, or its first blocks, which are of a handful of documents."""
     seed: int = Field(0, ge=0)
     """Seed of the draw."""
 
@@ -75,8 +78,6 @@ class CalibrationText(TextConfig):
     WikiText-2 raw test split that ships with quantlab, which perplexity is measured on."""
     num_sequences: int | None = Field(128, ge=1)
     """Blocks used; none means all of them."""
-    sampling: Literal["first", "draw"] = "draw"
-    """The first blocks of the text, or a seeded draw among all of them."""
 
 
 class CalibrationConfig(Section):

@@ -80,7 +80,7 @@ def profile_cell(
         decode=checkpoint.tokenizer.decode,
         advance=lambda count: advance(count * config.text.sequence_length),
     )
-    text = {"source": blocks.source, "sha256": blocks.sha256, "num_tokens": int(blocks.ids_NT.size)}
+    text = blocks.facts() | {"num_tokens": int(blocks.ids_NT.size)}
     summary = outliers.summary() | {"text": text, "attention": _attention(checkpoint, sites=True)}
     return summary, {"profile": outliers.items()}
 

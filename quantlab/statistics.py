@@ -1,13 +1,14 @@
 """Intervals and paired tests on per-item results: numpy and scipy.special only, no torch.
 
-Items are the sampling units: HellaSwag documents, or blocks of a text. Every interval is two-sided 95% and
-speaks of the population that the items were drawn from; every comparison is paired, because both schemes saw
-the same items.
+The sampling units are documents: of HellaSwag, or of a text, whose blocks are alike within a document. Every interval
+is two-sided 95% and speaks of the population that the units were drawn from; every comparison is paired, because both
+schemes saw the same items.
 
-One item says nothing about spread: its `stderr` is inf and its t interval (-inf, inf), never a width of zero.
-NaN among the values makes the estimate NaN. `Estimate.summary` writes both as null, since JSON has neither.
+Fewer than `FEWEST_UNITS` say too little about spread: `stderr` is then inf and the interval (-inf, inf), never a width
+that looks known. NaN among the values makes the estimate NaN. `Estimate.summary` writes both as null, since JSON has
+neither.
 
-n: number of items.
+n: number of units.
 """
 
 import math
@@ -20,6 +21,14 @@ from scipy import special
 
 CONFIDENCE = 0.95
 """Coverage of every interval."""
+FEWEST_UNITS = 5
+"""Units below which no interval is told."""
+TOO_FEW = "too few"
+"""What stands in an interval's place then."""
+FEWEST_DOCUMENTS = 12
+"""Effective documents of a text below which their spread is hardly known; see `text_ratio`."""
+RESAMPLES = 2000
+"""Of the bootstrap over runs of blocks."""
 TINY = 1e-15
 """Probability below which a number of changes is left out of a sum."""
 
@@ -35,6 +44,10 @@ class Estimate:
     low: float
     high: float
     n: int
+    df: float = math.inf
+    """Degrees of freedom of Student's t that made the interval; inf where it was the normal distribution."""
+    note: str = ""
+    """What a reader must know of the interval, in words."""
 
     def summary(self, name: str) -> dict[str, Any]:
         """`name`, `name_stderr` and `name_interval` as JSON takes them: null where a number is not finite."""
@@ -55,7 +68,7 @@ def mean(values: ArrayLike) -> Estimate:
 
 
 def proportion(outcomes: ArrayLike) -> Estimate:
-    """Share of ones among n outcomes of 0 or 1, with Wilson's score interval.
+    """Share of ones among n outcomes of 0 or 1, with Wilson's score interval; below FEWEST_UNITS with none.
 
     stderr = std(ddof=1) / sqrt(n), which is what lm-evaluation-harness prints. The interval is
     (p + z^2/2n ± z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n); it keeps a width at p = 0 and p = 1.
@@ -69,7 +82,7 @@ def proportion(outcomes: ArrayLike) -> Estimate:
     # The limits are exactly 0 and 1 at the ends; rounding would leave 1e-17 and exclude p itself.
     low = 0.0 if p == 0 else max(0.0, center - half)
     high = 1.0 if p == 1 else min(1.0, center + half)
-    return Estimate(p, _stderr(x), low, high, n)
+    return _if_enough(Estimate(p, _stderr(x), low, high, n))
 
 
 def ratio(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
@@ -82,6 +95,48 @@ def ratio(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
     y, x = _pair(numerators, denominators)
     value, residuals = _linearised(y, x)
     return _t_estimate(value, _root_sum(residuals), len(x))
+
+
+def text_ratio(numerators: ArrayLike, denominators: ArrayLike, documents: ArrayLike) -> Estimate:
+    """Sum of numerators over sum of denominators of blocks of a text: nats over tokens. The unit is the document.
+
+    `ratio` of the documents' sums, where there are enough of them: the cluster-robust variance, C / (C-1)
+    sum_c (Y_c - R X_c)^2 / X^2 over C documents, with Student's t of C_eff - 1 degrees of freedom. C_eff = X^2 / sum
+    X_c^2 is the effective number of documents. Below FEWEST_DOCUMENTS of these the spread between documents is hardly
+    known; the interval is then a bootstrap over runs of neighbouring blocks, the note says so, and it speaks of these
+    documents.
+
+    Args:
+        numerators, denominators: of each block, in the order of the text.
+        documents: number of the document of each block.
+
+    Sources: Cochran 1977, Sampling Techniques, 3rd ed., section 9A.1 (clusters of unequal size); Kish 1965, Survey
+    Sampling, section 11.7 (effective number); Künsch 1989, Annals of Statistics 17(3) (blocks of a series).
+    """
+    y, x = _pair(numerators, denominators)
+    _, places = np.unique(np.asarray(documents), return_inverse=True)
+    assert len(places) == len(x), "every block has a document"
+    sums_y, sums_x = np.bincount(places, y), np.bincount(places, x)
+    effective = effective_documents(x, documents)
+    if effective < FEWEST_DOCUMENTS:
+        return _over_runs(y, x, num_documents=len(sums_x))
+    value, residuals = _linearised(sums_y, sums_x)
+    return _t_estimate(value, _root_sum(residuals), len(sums_x), effective - 1)
+
+
+def paired_text_difference(
+    a: ArrayLike, b: ArrayLike, denominators: ArrayLike, documents: ArrayLike
+) -> Estimate:
+    """Ratio of a minus ratio of b over the same blocks of a text, e.g. nats per token of two schemes: `text_ratio` of
+    the differences, since both share the denominators."""
+    y_a, y_b = _pair(a, b)
+    return text_ratio(y_a - y_b, denominators, documents)
+
+
+def effective_documents(denominators: ArrayLike, documents: ArrayLike) -> float:
+    """(sum of tokens)^2 over the sum of squares by document: how many documents of one size would say as much."""
+    sums = np.bincount(np.unique(np.asarray(documents), return_inverse=True)[1], _items(denominators))
+    return float(sums.sum() ** 2 / (sums**2).sum())
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike) -> Estimate:
@@ -97,7 +152,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike) -> Estimate:
     if not (_binary(x) and _binary(y)):
         return _t_estimate(float((x - y).mean()), _stderr(x - y), len(x))
     found = _adjusted_wald(x - y)
-    return replace(found, low=max(-1.0, found.low), high=min(1.0, found.high))
+    return found if found.note else replace(found, low=max(-1.0, found.low), high=min(1.0, found.high))
 
 
 def difference_of_changes(a: ArrayLike, a_before: ArrayLike, b: ArrayLike, b_before: ArrayLike) -> Estimate:
@@ -115,22 +170,9 @@ def difference_of_changes(a: ArrayLike, a_before: ArrayLike, b: ArrayLike, b_bef
     return _t_estimate(float(d.mean()), _stderr(d), len(d))
 
 
-def paired_ratio_difference(
-    numerators_a: ArrayLike, numerators_b: ArrayLike, denominators: ArrayLike
-) -> Estimate:
-    """Ratio of a minus ratio of b over the same items and denominators, e.g. nats per token of two schemes.
-
-    stderr^2 = n/(n-1) sum((y_a - R_a x - y_b + R_b x)^2) / sum(x)^2, t interval with n - 1 degrees of
-    freedom: `ratio` of the differences, since both share x.
-    Source: Cochran 1977, Sampling Techniques, 3rd ed., sections 6.3 and 6.18.
-    """
-    y_a, y_b = _pair(numerators_a, numerators_b)
-    return ratio(y_a - y_b, denominators)
-
-
-def p_of_zero(estimate: Estimate, df: float) -> float:
-    """Two-sided p-value of zero from an interval c ± q s, with q the 97.5% quantile of Student's t of df degrees of
-    freedom (inf: of the normal distribution): 2 P[T > |c| / s]. Below 5% just where the interval leaves zero out.
+def p_of_zero(estimate: Estimate) -> float:
+    """Two-sided p-value of zero from an interval c ± q s, with q the 97.5% quantile of Student's t of the estimate's
+    degrees of freedom: 2 P[T > |c| / s]. Below 5% just where the interval leaves zero out.
 
     1.0 for an interval that is the point zero; NaN where no interval is known.
     """
@@ -139,7 +181,7 @@ def p_of_zero(estimate: Estimate, df: float) -> float:
         return math.nan
     if half == 0:
         return 1.0 if center == 0 else 0.0
-    return 2 * float(special.stdtr(df, -abs(center) / half * _t(df)))
+    return 2 * float(special.stdtr(estimate.df, -abs(center) / half * _t(estimate.df)))
 
 
 def mcnemar_exact(a: ArrayLike, b: ArrayLike) -> float:
@@ -249,9 +291,36 @@ def _root_sum(residuals: Values) -> float:
     return math.sqrt(n / (n - 1) * float(residuals @ residuals)) if n > 1 else math.inf
 
 
-def _t_estimate(value: float, stderr: float, n: int) -> Estimate:
-    half = _t(n - 1) * stderr if n > 1 else math.inf
-    return Estimate(value, stderr, value - half, value + half, n)
+def _t_estimate(value: float, stderr: float, n: int, df: float | None = None) -> Estimate:
+    df = n - 1 if df is None else df
+    half = _t(df) * stderr if n > 1 else math.inf
+    return _if_enough(Estimate(value, stderr, value - half, value + half, n, df))
+
+
+def _if_enough(estimate: Estimate) -> Estimate:
+    """The estimate, without spread where its units are too few to tell it."""
+    if estimate.n >= FEWEST_UNITS:
+        return estimate
+    return replace(estimate, stderr=math.inf, low=-math.inf, high=math.inf, note=TOO_FEW)
+
+
+def _over_runs(y: Values, x: Values, num_documents: int) -> Estimate:
+    """The ratio with a moving-block bootstrap: runs of about sqrt(n) neighbours, around the end to the start.
+
+    The interval is the value and Student's t of one degree of freedom less than there are runs, times the spread of the
+    resampled ratios.
+    """
+    n = len(x)
+    length = max(1, round(math.sqrt(n)))
+    num_runs = -(-n // length)
+    firsts = np.random.default_rng(0).integers(0, n, (RESAMPLES, num_runs, 1))
+    drawn = ((firsts + np.arange(length)) % n).reshape(RESAMPLES, -1)[:, :n]
+    stderr = float((y[drawn].sum(1) / x[drawn].sum(1)).std(ddof=1))
+    found = _t_estimate(float(y.sum() / x.sum()), stderr, n, max(num_runs - 1, 1))
+    if found.note:
+        return found
+    documents = "1 document" if num_documents == 1 else f"{num_documents} documents"
+    return replace(found, n=num_documents, note=f"{documents}: spread hardly known")
 
 
 def _adjusted_wald(d: Values) -> Estimate:
@@ -259,7 +328,7 @@ def _adjusted_wald(d: Values) -> Estimate:
     n = len(d)
     center = float(d.sum()) / (n + 2)
     half = _z() * math.sqrt(((float(d @ d) + 2) / (n + 2) - center**2) / (n + 2))
-    return Estimate(float(d.mean()), _stderr(d), center - half, center + half, n)
+    return _if_enough(Estimate(float(d.mean()), _stderr(d), center - half, center + half, n))
 
 
 def _z() -> float:

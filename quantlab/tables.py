@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from quantlab.records import Record
+from quantlab.statistics import TOO_FEW
 
 _MOST_NOTES = 8
 """Notes that are printed; the others are where the result is."""
@@ -57,9 +58,18 @@ def score_table(record: Record, path: Path) -> Group:
     if shares := record.result.get("cached_share"):
         read = ", ".join(f"{share:.1%} of {task}" for task, share in shares.items())
         lines.append(f"read behind the window, from the quantized cache: {read}")
+    if text := record.result.get("perplexity"):
+        lines.append(_text_line(text))
     if hellaswag := record.result.get("hellaswag"):
         lines.append(f"BOS {escape(hellaswag['bos'])}; context shared: {escape(hellaswag['sharing_reason'])}")
     return Group(table, *lines, *_origin(record, path))
+
+
+def _text_line(text: Mapping[str, Any]) -> str:
+    """Which text, how it was read, and what its intervals count."""
+    units = f"intervals of {text['num_documents']} documents"
+    note = f" ({text['interval_note']})" if text["interval_note"] else ""
+    return f"text {escape(text['source'])}, {text['text_read_as']}; {units}{note}"
 
 
 def run_table(records: Sequence[Record], result: Mapping[str, Any]) -> Group:
@@ -124,7 +134,8 @@ def _score_rows(result: Mapping[str, Any]) -> list[list[str]]:
 
 def _with_interval(values: Mapping[str, Any], score: str) -> tuple[str, str]:
     low, high = values[f"{score}_interval"]
-    return _number(values[score]), f"{_number(low)} to {_number(high)}"
+    shown = TOO_FEW if low is None or high is None else f"{_number(low)} to {_number(high)}"
+    return _number(values[score]), shown
 
 
 def _origin(record: Record, path: Path) -> list[str]:

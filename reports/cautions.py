@@ -26,6 +26,7 @@ def cautions(run: Run, scores: pd.DataFrame, outliers: pd.DataFrame) -> list[str
         *_baselines(scores),
         *_kernels(scores),
         *_samples(scores),
+        *_texts(scores),
         *_profiles(run, outliers),
     ]
 
@@ -84,10 +85,19 @@ def _samples(scores: pd.DataFrame) -> Iterator[str]:
     sizes.append(amount(scores["num_tokens"].dropna(), "token", "of text") + blocks(read))
     if any(sizes):
         yield (
-            f"Scores are of {' and '.join(filter(None, sizes))}; n of an interval is the number of documents, or of "
-            "blocks. The 95% intervals speak of other documents and other text like these, not of other tasks or of "
-            "a model trained again. Each is of one number by itself: none is adjusted for how many are shown."
+            f"Scores are of {' and '.join(filter(None, sizes))}; n of an interval is the number of documents, of "
+            "HellaSwag or of the text. The 95% intervals speak of other documents and other text like these, not of "
+            "other tasks or of a model trained again. Each is of one number by itself: none is adjusted for how many "
+            "are shown."
         )
+
+
+def _texts(scores: pd.DataFrame) -> Iterator[str]:
+    """How the text was read, and where its documents are too few to tell a spread."""
+    for read_as in dict.fromkeys(read_as for read_as in scores["text_read_as"] if read_as):
+        yield f"Perplexity reads {visible(read_as)}; it compares with no figure of a text that was read otherwise."
+    for note in dict.fromkeys(note for note in scores["text_note"] if note):
+        yield f"Intervals of text, {visible(note)}."
 
 
 def _profiles(run: Run, outliers: pd.DataFrame) -> Iterator[str]:

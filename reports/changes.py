@@ -4,13 +4,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from quantlab.records import COMPUTATION, fingerprint, what_was_computed
 from quantlab.statistics import (
     Estimate,
     mcnemar_exact,
     paired_difference,
-    paired_ratio_difference,
+    paired_text_difference,
 )
 from reports.load import BASELINE, Cell
 
@@ -56,7 +57,15 @@ def _documents(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, Any]:
 
 
 def _blocks(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, Any]:
-    return _flat("nats_change", paired_ratio_difference(ours["nats"], theirs["nats"], ours["num_tokens"]))
+    estimate = paired_text_difference(ours["nats"], theirs["nats"], ours["num_tokens"], documents_of(ours))
+    return _flat("nats_change", estimate)
+
+
+def documents_of(blocks: pd.DataFrame) -> NDArray[np.int64]:
+    """Number of the document of each block; a record that does not tell says no more than one document does."""
+    if "document" not in blocks:
+        return np.zeros(len(blocks), dtype=np.int64)
+    return blocks["document"].to_numpy(np.int64)
 
 
 def _flat(name: str, estimate: Estimate) -> dict[str, float]:

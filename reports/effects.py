@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from quantlab.records import COMPUTATION, fingerprint, what_was_computed
-from quantlab.statistics import Estimate, difference_of_changes, holm, p_of_zero, paired_ratio_difference
-from reports.changes import baseline_of
+from quantlab.statistics import Estimate, difference_of_changes, holm, p_of_zero, paired_text_difference
+from reports.changes import baseline_of, documents_of
 from reports.load import BASELINE, Cell, Run, scheme_order
 from reports.names import read_scheme
 
@@ -56,7 +56,7 @@ def effects(run: Run) -> pd.DataFrame:
         assert run.pairing
         rows += _rows(run.of_kind("evaluation"), variant, run.pairing.baseline)
     numbers = [f"{name}{end}" for name in MEASURES for end in ("", "_low", "_high", "_p", "_holm")]
-    numbers += ["n", "num_blocks"]
+    numbers += ["n", "num_documents"]
     frame = pd.DataFrame(rows, columns=[*TEXTS, *numbers]).astype(dict.fromkeys(numbers, float))
     return _with_holm(frame)
 
@@ -142,8 +142,9 @@ def _text(quad: _Quad) -> dict[str, Any]:
     if nats is None or tokens is None or any((each != tokens[0]).any() for each in tokens):
         return {"nats_note": OTHER_ITEMS}
     after, before, base_after, base_before = nats
-    estimate = paired_ratio_difference(after - before, base_after - base_before, tokens[0])
-    return _flat("nats", estimate, df=estimate.n - 1) | {"num_blocks": estimate.n}
+    documents = documents_of(quad.after.of_task("perplexity"))
+    estimate = paired_text_difference(after - before, base_after - base_before, tokens[0], documents)
+    return _flat("nats", estimate) | {"num_documents": estimate.n}
 
 
 def text_at_16_bits(run: Run) -> list[tuple[str, Estimate, tuple[str, ...]]]:
@@ -167,7 +168,7 @@ def _text_difference(ours: Cell, theirs: Cell) -> Estimate | None:
     if None in digests or digests[0] != digests[1] or not own.index.equals(other.index):
         return None
     first, second = (table["nats"].to_numpy(float) for table in (own, other))
-    return paired_ratio_difference(first, second, own["num_tokens"].to_numpy(float))
+    return paired_text_difference(first, second, own["num_tokens"].to_numpy(float), documents_of(own))
 
 
 def _documents(quad: _Quad) -> dict[str, Any]:
@@ -179,14 +180,13 @@ def _documents(quad: _Quad) -> dict[str, Any]:
         after, before, base_after, base_before = values
         # What is lost is before minus after.
         estimate = difference_of_changes(before, after, base_before, base_after)
-        df = np.inf if name == "acc_norm" else estimate.n - 1
-        found |= _flat(name, estimate, df=df) | {"n": estimate.n}
+        found |= _flat(name, estimate) | {"n": estimate.n}
     return found or {"note": OTHER_ITEMS}
 
 
-def _flat(name: str, estimate: Estimate, df: float) -> dict[str, float]:
+def _flat(name: str, estimate: Estimate) -> dict[str, float]:
     numbers = {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-    numbers[f"{name}_p"] = p_of_zero(estimate, df)
+    numbers[f"{name}_p"] = p_of_zero(estimate)
     return {key: number if np.isfinite(number) else np.nan for key, number in numbers.items()}
 
 

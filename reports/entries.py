@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from quantlab.statistics import TOO_FEW
 from reports.names import visible
 
 NOTHING = "–"
@@ -61,12 +62,13 @@ def probability(value: float, source: str = "") -> Entry:
 def with_interval(
     value: float, low: float, high: float, digits: int = 2, source: str = "", *, stderr: float = math.nan
 ) -> Entry:
-    """`18.42 (0.70) [17.10, 19.87]`; without the standard error or the interval where it is unknown."""
+    """`18.42 (0.70) [17.10, 19.87]`; without the standard error where it is unknown, `18.42 [too few]` where the
+    interval is."""
     if not math.isfinite(value):
         return Entry(number=True)
-    ends = f" [{low:,.{digits}f}, {high:,.{digits}f}]" if math.isfinite(low) and math.isfinite(high) else ""
+    ends = f"{low:,.{digits}f}, {high:,.{digits}f}" if math.isfinite(high - low) else TOO_FEW
     error = f" ({stderr:,.{digits}f})" if math.isfinite(stderr) else ""
-    return Entry(_minus(f"{value:,.{digits}f}{error}{ends}"), number=True, source=source)
+    return Entry(_minus(f"{value:,.{digits}f}{error}") + _minus(f" [{ends}]"), number=True, source=source)
 
 
 def change(value: float, low: float, high: float, source: str = "", *, more_is: str) -> Entry:
@@ -82,7 +84,7 @@ def signed(value: float, low: float, high: float) -> str:
     """`+0.0123 ± 0.0045` with the decimals that two figures of the half-width need, between two and five."""
     half = (high - low) / 2
     if not math.isfinite(half):
-        return _with_sign(value, 3)
+        return f"{_with_sign(value, 3)} ({TOO_FEW})"
     digits = 3 if half == 0 else min(5, max(2, 1 - math.floor(math.log10(half))))
     return f"{_with_sign(value, digits)} ± {half:.{digits}f}"
 

@@ -195,12 +195,13 @@ def effects_table(effects: pd.DataFrame) -> Table:
     return Table(
         "pair-effects",
         "Effects: what each scheme costs the variant more than the baseline",
-        (*columns, "Blocks", "Documents"),
+        (*columns, "Documents of text", "HellaSwag documents"),
         grouped(pairs, always=True),
         "The variant's loss from its own 16 bits minus the baseline's from its own, paired over the same blocks of "
-        "text and the same documents. Below zero (green), the variant loses less. ± is half a 95% interval, of one "
-        "comparison by itself; Holm p is adjusted for the variant's schemes. Coloured effects have an interval that "
-        "leaves zero out. They speak of these trained models on other items, not of models trained again.",
+        "text, with their documents as units, and over the same documents of HellaSwag. Below zero (green), the "
+        "variant loses less. ± is half a 95% interval, of one comparison by itself; Holm p is adjusted for the "
+        "variant's schemes. Coloured effects have an interval that leaves zero out. They speak of these trained "
+        "models on other items, not of models trained again.",
     )
 
 
@@ -214,7 +215,7 @@ def _effect_row(row: dict[Any, Any]) -> tuple[Entry, ...]:
         entries[0 if pd.isna(row["nats"]) else 2] = Entry(row["note"], tone="quiet")
     if row["nats_note"]:
         entries[0] = Entry(row["nats_note"], tone="quiet")
-    counts = (number(row["num_blocks"], 0, row["source"]), number(row["n"], 0, row["source"]))
+    counts = (number(row["num_documents"], 0, row["source"]), number(row["n"], 0, row["source"]))
     return (text(row["scheme"]), *entries, *counts)
 
 

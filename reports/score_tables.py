@@ -30,14 +30,14 @@ def headline(scores: pd.DataFrame) -> Table:
             "Perplexity [95%]",
             "acc_norm % [95%]",
             "Documents",
-            "Blocks",
+            "Documents of text",
         ),
         grouped(pairs),
-        "± is half a 95% interval, paired over the same documents and blocks of text. Margin: log-likelihood of the "
+        "± is half a 95% interval, paired over the same documents. Margin: log-likelihood of the "
         "gold ending minus that of the best wrong one; less is worse. More nats per token is worse. "
         "Coloured changes have an interval that leaves zero out; each is of one comparison, not adjusted for their "
         "number. Stored bits: average per decoder weight, scales included. Size: of the whole model, with unquantized "
-        "tensors at 16 bits. Documents of HellaSwag and blocks of text: n of the intervals.",
+        "tensors at 16 bits. Documents, of HellaSwag and of the text: n of the intervals.",
     )
 
 
@@ -80,12 +80,15 @@ def perplexity(scores: pd.DataFrame) -> Table:
             "Nats per token (s.e.) [95%]",
             "Perplexity (s.e.) [95%]",
             "Δ nats per token [95%]",
+            "Documents",
             "Blocks",
             "Tokens",
+            "Text read as",
         ),
         grouped(pairs),
-        "s.e.: standard error. A block of text is the unit that errors and intervals count, for tokens of one block "
-        "hang together; those of the change are paired by block.",
+        "s.e.: standard error. A document of the text is the unit that errors and intervals count, for its blocks are "
+        "alike; those of the change are paired. Below 12 effective documents the interval comes of runs of blocks and "
+        "speaks of these documents. Perplexities compare only where the text is read alike.",
     )
 
 
@@ -96,8 +99,10 @@ def _text_row(row: dict[str, Any]) -> tuple[Entry, ...]:
         _scored(row, "nats_per_token", source, digits=4, shows=("stderr", "interval")),
         _scored(row, "perplexity", source, shows=("stderr", "interval")),
         _scored(row, "nats_change", paired_source(row), digits=4),
+        number(row["num_documents"], 0, source),
         number(row["num_blocks"], 0, source),
         number(row["num_tokens"], 0, source),
+        text(row["text_read_as"]),
     )
 
 
@@ -138,7 +143,7 @@ def _headline_row(row: dict[str, Any]) -> tuple[Entry, ...]:
         _scored(row, "perplexity", source),
         _scored(row, "acc_norm", source, factor=100, digits=1),
         number(row["n"], 0, source),
-        number(row["num_blocks"], 0, source),
+        number(row["num_documents"], 0, source),
     )
 
 

@@ -32,9 +32,9 @@ NO_EVIDENCE = "no evidence about its bits"
 ENDS = ("", "_low", "_high")
 """What a column of an estimate and those of its interval end in."""
 TEXTS = ("ref", "key", "label", "checkpoint", "scheme", "status", "series", "detail", "baseline_ref",
-         "baseline_precision", "no_evidence", "kernel", "note")  # fmt: skip
-NUMBERS = ("bits", "n", "num_tokens", "num_blocks", "weights_bytes", "average_storage_bits", "won", "lost",
-           "mcnemar_p", "holm_p", "smallest_detectable")  # fmt: skip
+         "baseline_precision", "no_evidence", "kernel", "note", "text_note", "text_read_as")  # fmt: skip
+NUMBERS = ("bits", "n", "num_tokens", "num_blocks", "num_documents", "weights_bytes", "average_storage_bits",
+           "won", "lost", "mcnemar_p", "holm_p", "smallest_detectable")  # fmt: skip
 SIGNIFICANT = 0.05
 """Level of a checkpoint's family of McNemar tests: Holm-adjusted p below it counts as a change of accuracy."""
 CHANCE = 0.25
@@ -129,6 +129,9 @@ def _recorded_scores(result: Mapping[str, Any]) -> dict[str, Any]:
         "n": hellaswag.get("n"),
         "num_tokens": perplexity.get("num_tokens"),
         "num_blocks": perplexity.get("num_blocks"),
+        "num_documents": perplexity.get("num_documents"),
+        "text_note": str(perplexity.get("interval_note") or ""),
+        "text_read_as": str(perplexity.get("text_read_as") or ""),
     }
 
 

@@ -91,7 +91,8 @@ def _made_by(config: AllocationConfig, checkpoint: "Checkpoint", scale_dtype: An
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "scale_dtype": str(scale_dtype).removeprefix("torch."),
-        "text": config.text.model_dump(mode="json", exclude={"path"}) | {"sha256": check_text(config.text)},
+        "text": config.text.model_dump(mode="json", exclude={"path", "format"})
+        | {"sha256": check_text(config.text)},
         "code": source_hash(),
         "libraries": {name: version(name) for name in ("torch", "transformers")},
     }

@@ -1,7 +1,6 @@
 """What an allocation is asked for: checkpoint, budget, candidate widths, the text that measures. No torch."""
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -18,7 +17,6 @@ class SensitivityText(TextConfig):
 
     path: str | None = "package://quantlab/checkpoints/pair/held_out.txt"
     num_sequences: int | None = Field(4, ge=1)
-    sampling: Literal["first", "draw"] = "draw"
 
 
 class AllocationConfig(Section):

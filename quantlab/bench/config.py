@@ -24,7 +24,7 @@ class BenchConfig(Section):
     """Tokens of the prompt, read at once."""
     new_tokens: int = Field(32, ge=2)
     """Tokens that follow, one at a time; the first comes with the prompt."""
-    repeats: int = Field(3, ge=2)
+    repeats: int = Field(5, ge=2)
     """Processes of each side. Sides take turns."""
     threads: int = Field(1, ge=1)
     """Threads of every engine."""

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, Literal
 
-from quantlab.statistics import mean
+from quantlab.statistics import TOO_FEW, mean
 
 __all__ = ["BenchResult", "Ratio", "Run", "Side", "Verdict", "compare"]
 
@@ -67,7 +67,7 @@ MEASURES: dict[str, Callable[[Run], float]] = {
 
 @dataclass(frozen=True)
 class Ratio:
-    """One measure over the parent's: geometric mean and 95% interval over repeats."""
+    """One measure over the parent's: geometric mean and 95% interval over repeats, [0, inf] of too few of them."""
 
     value: float
     low: float
@@ -198,4 +198,5 @@ class BenchResult:
 
 
 def _times(ratio: Ratio) -> str:
-    return f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] times"
+    ends = f"{ratio.low:.2f}, {ratio.high:.2f}" if math.isfinite(ratio.high) else f"{TOO_FEW} repeats"
+    return f"{ratio.value:.2f} [{ends}] times"

@@ -40,8 +40,7 @@ class _Opened:
         """The text, as results name it."""
         N, T = self.blocks.ids_NT.shape
         return {
-            "source": self.blocks.source,
-            "sha256": self.blocks.sha256,
+            **self.blocks.facts(),
             "num_sequences": N,
             "sequence_length": T,
         }

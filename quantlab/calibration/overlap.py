@@ -7,7 +7,7 @@ times as long, is streamed past them.
 import re
 from collections.abc import Iterable, Iterator
 
-from quantlab.data.sources import decode, shipped
+from quantlab.data.sources import plain_text, shipped
 
 __all__ = ["LENGTH", "ngrams", "overlaps", "share_in"]
 
@@ -22,7 +22,7 @@ def overlaps(texts: Iterable[str]) -> dict[str, float]:
     held = {gram for text in texts for gram in ngrams(text)}
     return {
         "HellaSwag validation": share_in(held, _hellaswag()),
-        "WikiText-2 test": share_in(held, [decode(shipped("wiki.test.raw.xz"), "wikitext-2-raw test")]),
+        "WikiText-2 test": share_in(held, [plain_text(shipped("wiki.test.raw.xz"), "wikitext-2-raw test")]),
     }
 
 

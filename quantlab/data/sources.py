@@ -1,14 +1,27 @@
 """Files in: bytes of a user's file or of one that ships with the package; every failure names the file."""
 
+import codecs
 import io
 import lzma
+import re
 import stat
+import unicodedata
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 
 from quantlab.errors import DataError
 
+_NO_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
+"""Control characters but tab and newline (C1 among them, which a wrong encoding leaves), and the byte order mark."""
+
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+"""First bytes of a file -> the encoding that they announce; UTF-32's begin with UTF-16's."""
 MAX_BYTES = 1 << 30
 """Of a user's text or rows, unpacked."""
 
@@ -49,6 +62,11 @@ def _unpacked(content: bytes, path: Path) -> bytes:
 
 def decode(content: bytes, source: str) -> str:
     """The bytes as UTF-8 text."""
+    for mark, encoding in _MARKS.items():
+        if content.startswith(mark):
+            raise DataError(
+                f"text must be UTF-8: {source} begins with the mark of {encoding}. Convert the file to UTF-8."
+            )
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -56,6 +74,24 @@ def decode(content: bytes, source: str) -> str:
             f"text must be UTF-8: {source} has byte 0x{content[error.start]:02x} at offset {error.start}. "
             "Convert the file to UTF-8."
         ) from error
+
+
+def plain_text(content: bytes, source: str) -> str:
+    """The bytes as text, with universal newlines: CRLF and CR become LF, so that they change no score.
+
+    Raises:
+        DataError: not UTF-8, or it holds what is no text and would be tokenized all the same: a byte order mark or a
+            control character other than tab and newline.
+    """
+    text = decode(content, source).replace("\r\n", "\n").replace("\r", "\n")
+    if found := _NO_TEXT.search(text):
+        line = text.count("\n", 0, found.start()) + 1
+        raise DataError(
+            f"text must hold no control characters: {source} has U+{ord(found[0]):04X} "
+            f"({unicodedata.name(found[0], 'a control character').lower()}) in line {line}. Remove it, or convert "
+            "the file from the encoding that it was written in."
+        )
+    return text
 
 
 def seeded_order(count: int, seed: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Perplexity of a text: exp of the mean nats per token, over consecutive blocks without a BOS token.
 
-The first token of a block is only read: a block of T tokens scores T - 1. Blocks are the sampling units of the
-interval, since the tokens of one block depend on each other.
+The first token of a block is only read: a block of T tokens scores T - 1. Documents are the sampling units of the
+interval, since blocks of one document are alike (`statistics.text_ratio`).
 
 B: blocks in a forward pass, N: blocks, T: tokens in a block, R = T - 1, V: vocabulary.
 """
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantlab import statistics
+from quantlab.data.documents import CONVENTIONS, Convention
 from quantlab.data.sources import digest
 from quantlab.data.text import TextBlocks, check_ids
 from quantlab.evaluation.encoding import Ids
@@ -35,33 +36,48 @@ class PerplexityScores:
     """Minus the log-likelihood of a block's tokens but the first."""
     index_N: NDArray[np.int64]
     """Where each block stands in the text."""
+    document_N: NDArray[np.int64]
+    """Number of the document that holds each block's first token: the unit of intervals."""
     sequence_length: int
     """Tokens in a block."""
     text_sha256: str
     source: str
+    convention: Convention
+    """How the text became one string."""
     tokens_sha256: str
     """Digest of the token ids: nats per token of two models compare where it is the same."""
 
     def items(self) -> dict[str, NDArray[Any]]:
         """One value per block under every name."""
         num_tokens = np.full(len(self.nats_N), self.sequence_length - 1)
-        return {"item": self.index_N, "num_tokens": num_tokens, "nats": self.nats_N}
+        return {
+            "item": self.index_N,
+            "document": self.document_N,
+            "num_tokens": num_tokens,
+            "nats": self.nats_N,
+        }
 
     def summary(self) -> dict[str, Any]:
         """The scores with their 95% intervals, ready for JSON."""
         items = self.items()
-        nats = statistics.ratio(items["nats"], items["num_tokens"])
+        nats = statistics.text_ratio(items["nats"], items["num_tokens"], self.document_N)
+        effective = statistics.effective_documents(items["num_tokens"], self.document_N)
         return {
-            "n": len(self.nats_N),
+            "n": nats.n,
             "num_tokens": int(items["num_tokens"].sum()),
             "num_blocks": len(self.nats_N),
+            "num_documents": len(np.unique(self.document_N)),
+            "effective_documents": round(effective, 2),
             **nats.summary("nats_per_token"),
+            "interval_note": nats.note,
             "perplexity": _exp(nats.value),
             "perplexity_stderr": _exp_stderr(nats.value, nats.stderr),
             "perplexity_interval": [_exp(nats.low), _exp(nats.high)],
             "sequence_length": self.sequence_length,
             "bos": "never: none",
             "source": self.source,
+            "text_format": self.convention,
+            "text_read_as": CONVENTIONS[self.convention],
             "text_sha256": self.text_sha256,
             "tokens_sha256": self.tokens_sha256,
         }
@@ -98,9 +114,11 @@ def evaluate_perplexity(
     return PerplexityScores(
         np.array(nats),
         blocks.index_N,
+        blocks.document_N,
         T,
         blocks.sha256,
         blocks.source,
+        blocks.convention,
         digest(blocks.ids_NT.astype("<i8").tobytes()),
     )
 

@@ -21,7 +21,9 @@ from quantlab.records import COMPUTATION, record_key, source_hash
 from quantlab.schemes import METHODS, Scheme
 from quantlab.sweep.plan import Cell, plan
 
-_ELSEWHERE: dict[str, Any] = {"text": {"path"}, "batch_size": True, "stream": True, "cache": True}
+_NOT_THE_TEXT = {"path", "format"}
+"""Of a text's settings, those that its digest stands for."""
+_ELSEWHERE: dict[str, Any] = {"text": _NOT_THE_TEXT, "batch_size": True, "stream": True, "cache": True}
 """Of a calibration's settings, those that are no part of what it is of."""
 _KERNELS = ("flash_attn",)
 """Libraries whose presence alone changes what computes."""
@@ -165,7 +167,7 @@ def _of_profile(
     cell: Cell, config: RunConfig, source: Mapping[str, Any], data: Mapping[str, str]
 ) -> dict[str, Any]:
     assert config.profile is not None
-    settings = config.profile.model_dump(mode="json", exclude={"text": {"path"}})
+    settings = config.profile.model_dump(mode="json", exclude={"text": _NOT_THE_TEXT})
     return {"profile": settings, "data": {"profile": data["profile"]}}
 
 
@@ -183,7 +185,7 @@ def _of_evaluation(
         },
         "kernel": config.quantize.kernel,
         "evaluation": {
-            task: settings.model_dump(mode="json", exclude={"path"}) for task, settings in tasks.items()
+            task: settings.model_dump(mode="json", exclude=_NOT_THE_TEXT) for task, settings in tasks.items()
         },
         "bos": config.evaluation.bos,
         "data": {task: data[task] for task in tasks},

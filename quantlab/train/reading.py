@@ -4,6 +4,7 @@ No more than one document and one chunk of bytes are held at a time.
 """
 
 import codecs
+import io
 import lzma
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +45,8 @@ def file_sha256(path: Path) -> str:
 
 def _decoded(path: Path) -> Iterator[str]:
     """The file as pieces of text; a character is never cut."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    # CRLF and CR become LF: the same text gives the same tokens.
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
     offset = 0
     with _readable(path), _opened(path) as stream:
         while chunk := stream.read(_CHUNK):

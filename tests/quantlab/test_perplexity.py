@@ -18,8 +18,16 @@ from tests.toys import NUM_TOKENS, toy_model, toy_tokenizer
 
 @cache
 def blocks() -> TextBlocks:
-    text = TextConfig(sequence_length=48, num_sequences=5)
+    text = TextConfig(sequence_length=48, num_sequences=5, sampling="first")
     return text_blocks(text, toy_tokenizer(), num_embeddings=NUM_TOKENS)
+
+
+def scores_of(nats: list[float], sequence_length: int) -> PerplexityScores:
+    """Of blocks of a document each."""
+    places = np.arange(len(nats))
+    return PerplexityScores(
+        np.array(nats), places, places, sequence_length, "0" * 64, "toy", "file", "1" * 64
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bloom"])
@@ -66,8 +74,19 @@ def test_a_drawn_block_keeps_its_place_in_the_text() -> None:
     assert items["item"].tolist() == drawn.index_N.tolist() and items["num_tokens"].tolist() == [47] * 3
 
 
+def test_the_interval_counts_documents() -> None:
+    summary = scores_of([100.0, 101.0, 99.5, 100.5, 99.0, 102.0] * 2, 51).summary()
+    assert (summary["num_documents"], summary["num_blocks"], summary["interval_note"]) == (12, 12, "")
+    one = replace(
+        scores_of([100.0, 101.0, 99.5, 100.5, 99.0, 102.0] * 2, 51), document_N=np.zeros(12, int)
+    ).summary()
+    assert (one["n"], one["num_blocks"], one["interval_note"]) == (1, 12, "1 document: spread hardly known")
+    assert one["effective_documents"] == 1 and one["text_read_as"] == "the file as it is"
+    assert scores_of([1.0, 2.0], 2).summary()["perplexity_interval"] == [None, None]
+
+
 def test_a_hopeless_model_has_no_perplexity_rather_than_infinity() -> None:
-    scores = PerplexityScores(np.array([1e5, 2e5]), np.arange(2), 2, "0" * 64, "toy", "1" * 64)
+    scores = scores_of([1e5, 2e5], 2)
     assert scores.summary()["perplexity"] is None and scores.summary()["nats_per_token"] == 1.5e5
 
 
@@ -88,8 +107,8 @@ def test_texts_that_do_not_fit_the_model_are_refused() -> None:
 
 def test_the_standard_error_of_a_perplexity_is_that_of_its_nats_to_first_order() -> None:
     """The interval of nats half as wide: (exp(x + h) - exp(x - h)) / 2h tends to exp(x)."""
-    scores = PerplexityScores(np.array([100.0, 101.0, 99.5]), np.arange(3), 51, "0" * 64, "toy", "1" * 64)
+    scores = scores_of([100.0, 101.0, 99.5, 100.5, 99.0, 102.0] * 2, 51)
     summary = scores.summary()
     x, h = summary["nats_per_token"], summary["nats_per_token_stderr"]
     expected = (math.exp(x + h) - math.exp(x - h)) / 2
-    assert summary["perplexity_stderr"] == pytest.approx(expected, rel=h * h) and summary["n"] == 3
+    assert summary["perplexity_stderr"] == pytest.approx(expected, rel=h * h) and summary["n"] == 12

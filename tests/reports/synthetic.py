@@ -127,16 +127,18 @@ def _hellaswag(items: Mapping[str, Any]) -> dict[str, Any]:
 def _blocks(base: np.random.Generator, noise: np.random.Generator, loss: float) -> dict[str, Any]:
     num_tokens = np.full(12, 511)
     nats = num_tokens * (base.normal(2.95, 0.12, 12) + loss * noise.normal(1.0, 0.15, 12))
-    return {"item": np.arange(12) * 7, "num_tokens": num_tokens, "nats": nats}
+    return {"item": np.arange(12) * 7, "document": np.arange(12) * 2, "num_tokens": num_tokens, "nats": nats}
 
 
 def _perplexity(items: Mapping[str, Any]) -> dict[str, Any]:
-    nats = statistics.ratio(items["nats"], items["num_tokens"])
+    nats = statistics.text_ratio(items["nats"], items["num_tokens"], items["document"])
     ends = [float(np.exp(end)) for end in (nats.low, nats.high)]
     return {
-        "num_tokens": int(items["num_tokens"].sum()), "num_blocks": 12, **nats.summary("nats_per_token"),
-        "n": 12, "perplexity": float(np.exp(nats.value)), "perplexity_stderr": float(np.exp(nats.value) * nats.stderr),
+        "num_tokens": int(items["num_tokens"].sum()), "num_blocks": 12, "num_documents": 12,
+        **nats.summary("nats_per_token"), "n": 12, "perplexity": float(np.exp(nats.value)),
+        "perplexity_stderr": float(np.exp(nats.value) * nats.stderr),
         "perplexity_interval": ends, "sequence_length": 512, "tokens_sha256": TOKENS,
+        "interval_note": nats.note, "text_read_as": "its rows joined by two newlines",
     }  # fmt: skip
 
 

@@ -87,7 +87,12 @@ def test_numbers_are_those_of_the_records(folder: Path, page: Page) -> None:
     assert row[7] == str(result["hellaswag"]["n"])
     assert row[2] == f"{result['quantization']['weights_bytes'] / 1e6:.1f}"
     text = page.row("perplexity", "w4")
-    assert f"({result['perplexity']['perplexity_stderr']:.2f})" in text[2] and text[4:] == ["12", "6,132"]
+    assert f"({result['perplexity']['perplexity_stderr']:.2f})" in text[2] and text[4:] == [
+        "12",
+        "12",
+        "6,132",
+        record.result["perplexity"]["text_read_as"],
+    ]
     assert f"({100 * result['hellaswag']['acc_norm_stderr']:.1f})" in page.row("accuracy", "w4")[2]
     assert "in 12 blocks of 511 tokens" in page.text and row[8] == "12"
     assert "on disk" not in page.text

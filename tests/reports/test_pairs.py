@@ -133,7 +133,7 @@ def test_effects_are_paired_differences_of_differences(folder: Path, frame: pd.D
     ]
     assert row["acc_norm"] == pytest.approx(statistics.difference_of_changes(*right).value)
     # diff_v2's invented losses are twice standard's.
-    assert row["nats"] > 0 and row["n"] == 64 and row["num_blocks"] == 12
+    assert row["nats"] > 0 and row["n"] == 64 and row["num_documents"] == 12
 
 
 def _items(folder: Path, run: Any, name: str, scheme: str) -> dict[str, pd.DataFrame]:

@@ -46,7 +46,9 @@ def test_changes_are_paired_over_the_same_items(run: tuple[Path, pd.DataFrame]) 
         margin.value, margin.low, margin.high,
     )  # fmt: skip
     text = ours["perplexity"]
-    nats = statistics.paired_ratio_difference(text["nats"], base["perplexity"]["nats"], text["num_tokens"])
+    nats = statistics.paired_text_difference(
+        text["nats"], base["perplexity"]["nats"], text["num_tokens"], text["document"]
+    )
     assert (row["nats_change"], row["nats_change_low"]) == (nats.value, nats.low)
     right, was = (each["hellaswag"]["correct_norm"].astype(float) for each in (ours, base))
     assert row["mcnemar_p"] == statistics.mcnemar_exact(right, was)

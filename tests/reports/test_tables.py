@@ -19,7 +19,7 @@ HOSTILE = "</script><script>alert(1)</script> | `x` [a](http://e.vil) {{ 7*7 }} 
         (0.0, 0.0, 0.0, "0.000 ± 0.000"),
         (-0.00001, -0.003, 0.003, "0.0000 ± 0.0030"),
         (2e-7, 1e-7, 3e-7, "0.00000 ± 0.00000"),
-        (0.25, math.nan, math.nan, "+0.250"),
+        (0.25, math.nan, math.nan, "+0.250 (too few)"),
     ],
 )
 def test_changes_show_two_figures_of_their_half_width(
@@ -39,7 +39,7 @@ def test_numbers() -> None:
     assert number(1234567.89, 1).text == "1,234,567.9" and number(-2, 0).text == "−2"
     assert [magnitude(v).text for v in (9797.84, 58.923, 0.0161)] == ["9,797.8", "58.92", "0.016"]
     assert with_interval(18.42, 17.1, 19.87).text == "18.42 [17.10, 19.87]"
-    assert with_interval(18.42, math.nan, math.nan).text == "18.42"
+    assert with_interval(18.42, math.nan, math.nan).text == "18.42 [too few]"
     assert [probability(p).text for p in (0.0004, 0.0312, 1.0)] == ["<0.001", "0.031", "1.000"]
     for unknown in (number(math.nan), magnitude(None), with_interval(math.nan, 0, 1), number(math.inf)):
         assert unknown.text == "–"

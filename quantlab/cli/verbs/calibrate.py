@@ -14,6 +14,7 @@ def calibrate(
     model: options.Model,
     check: Annotated[bool, typer.Option("--check", help="Is this text enough? Stores nothing.")] = False,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text file [held-out text of our pair].")] = None,
+    text_format: options.TextFormat = None,
     sequence_length: options.SequenceLength = None,
     num_sequences: options.NumSequences = None,
     sampling: options.Sampling = None,
@@ -30,7 +31,12 @@ def calibrate(
 ) -> None:
     """Statistics of activations for the methods that need them, stored once; or a check of the text."""
     blocks = given(
-        path=text, sequence_length=sequence_length, num_sequences=num_sequences, sampling=sampling, seed=seed
+        path=text,
+        format=text_format,
+        sequence_length=sequence_length,
+        num_sequences=num_sequences,
+        sampling=sampling,
+        seed=seed,
     )
     config = build(
         [checkpoint(model, device, dtype, revision, trust_remote_code)],

@@ -13,6 +13,7 @@ from quantlab.cli.running import run_cell
 def profile(
     model: options.Model,
     text: options.Text = None,
+    text_format: options.TextFormat = None,
     sequence_length: options.SequenceLength = None,
     num_sequences: options.NumSequences = None,
     sampling: options.Sampling = None,
@@ -30,7 +31,12 @@ def profile(
     from quantlab import tables
 
     blocks = given(
-        path=text, sequence_length=sequence_length, num_sequences=num_sequences, sampling=sampling, seed=seed
+        path=text,
+        format=text_format,
+        sequence_length=sequence_length,
+        num_sequences=num_sequences,
+        sampling=sampling,
+        seed=seed,
     )
     config = build(
         [checkpoint(model, device, dtype, revision, trust_remote_code)],

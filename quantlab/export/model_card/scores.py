@@ -27,7 +27,7 @@ def matching_scores(
     skip: Sequence[str] = (),
     made_by: Mapping[str, Any] = MappingProxyType({}),
 ) -> Scores:
-    """Of each task the largest evaluation that was made of exactly these weights.
+    """Of each task the largest evaluation that was made of exactly these weights, and of items enough for an interval.
 
     Args:
         made_by: what a record says of calibration, method, transforms and widths, where the scheme has them.
@@ -38,9 +38,17 @@ def matching_scores(
             continue
         for task, size in SIZES.items():
             summary = record.result.get(task)
-            if summary and (task not in best or summary[size] > best[task][1][size]):
+            if (
+                summary
+                and _has_intervals(task, summary)
+                and (task not in best or summary[size] > best[task][1][size])
+            ):
                 best[task] = record, summary
     return best
+
+
+def _has_intervals(task: str, summary: Mapping[str, Any]) -> bool:
+    return None not in summary[f"{METRICS[task][0]}_interval"]
 
 
 def _is_of(

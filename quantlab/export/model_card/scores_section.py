@@ -1,5 +1,8 @@
 """The card's section of scores: a table, and what they were measured on."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from quantlab.export.model_card.facts import CardFacts
 from quantlab.export.model_card.markdown import table
 from quantlab.export.model_card.scores import METRICS, SIZES, Scores
@@ -20,7 +23,7 @@ def scores_text(scores: Scores, facts: CardFacts) -> str:
         return "not measured"
     rows = [
         (
-            "HellaSwag, zero-shot" if task == "hellaswag" else "text",
+            "HellaSwag, zero-shot" if task == "hellaswag" else _text(summary),
             metric,
             _number(summary[metric]),
             " to ".join(_number(end) for end in summary[f"{metric}_interval"]),
@@ -33,6 +36,11 @@ def scores_text(scores: Scores, facts: CardFacts) -> str:
     missing = [f"{task}: not measured" for task in SIZES if task not in scores]
     found = table(("task", "score", "value", "95% interval", "n", "record"), rows)
     return "\n\n".join([found, *missing, _how_measured(scores, facts)])
+
+
+def _text(summary: Mapping[str, Any]) -> str:
+    """Which text, and how it was read."""
+    return ", ".join(filter(None, (summary.get("source", "text"), summary.get("text_read_as"))))
 
 
 def _how_measured(scores: Scores, facts: CardFacts) -> str:

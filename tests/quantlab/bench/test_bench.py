@@ -104,29 +104,63 @@ def test_rates_are_tokens_over_seconds() -> None:
 
 def test_a_ratio_is_that_of_repeats_side_by_side() -> None:
     """A machine that is twice as slow in the second repeat changes nothing."""
-    ratio = Ratio.of([6.0, 3.0, 4.5], [3.0, 1.5, 2.25])
+    ratio = Ratio.of([6.0, 3.0, 4.5, 6.0, 3.0], [3.0, 1.5, 2.25, 3.0, 1.5])
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx((2.0, 2.0, 2.0))
-    spread = Ratio.of([1.0, 4.0], [1.0, 1.0])
-    # Student's quantile of one degree of freedom is 12.7; the logs' mean and standard error are both log 2.
-    assert spread.value == pytest.approx(2.0) and spread.high == pytest.approx(2.0**13.706, rel=1e-3)
+    spread = Ratio.of([1.0, 4.0, 1.0, 4.0, 2.0], [1.0] * 5)
+    # The logs have mean log 2 and standard error log(2) / sqrt(5); Student's quantile of 4 degrees is 2.776.
+    assert spread.value == pytest.approx(2.0)
+    assert spread.high == pytest.approx(2.0 ** (1 + 2.7764 / 5**0.5), rel=1e-4)
+
+
+def test_too_few_repeats_have_no_interval() -> None:
+    """Two once gave "0.64 [0.00, 230.64] times"."""
+    sides = [
+        side_of(name, *[run_of(decode=rate) for rate in (10.0, 30.0)]) for name in ("quantlab", "parent")
+    ]
+    found = compare(*sides)
+    assert found.verdict == "simulated" and "new tokens 1.00 [too few repeats] times" in found.sentence
 
 
 @pytest.mark.parametrize(
     ("decode", "prefill", "megabytes", "verdict", "said"),
     [
-        ((30.0, 33.0, 31.0), (100.0, 99.0, 101.0), 50, "faster", "faster here at new tokens ("),
-        ((10.0, 9.9, 10.1), (150.0, 149.0, 151.0), 50, "faster", "faster here at prompts ("),
-        ((30.0, 33.0, 31.0), (150.0, 149.0, 151.0), 50, "faster", "at new tokens and prompts ("),
-        # 30 times as fast once and no faster twice is a spread, not a speed.
-        ((300.0, 10.0, 10.0), (100.0, 99.0, 101.0), 50, "simulated", "neither faster nor smaller in memory"),
-        ((10.0, 9.9, 10.1), (100.0, 99.0, 101.0), 20, "smaller", "only smaller here"),
-        ((5.0, 5.1, 4.9), (50.0, 50.0, 51.0), 80, "simulated", "neither"),
+        (
+            (30.0, 33.0, 31.0, 33.0, 31.0),
+            (100.0, 99.0, 101.0, 99.0, 101.0),
+            50,
+            "faster",
+            "faster here at new tokens (",
+        ),
+        (
+            (10.0, 9.9, 10.1, 9.9, 10.1),
+            (150.0, 149.0, 151.0, 149.0, 151.0),
+            50,
+            "faster",
+            "faster here at prompts (",
+        ),
+        (
+            (30.0, 33.0, 31.0, 33.0, 31.0),
+            (150.0, 149.0, 151.0, 149.0, 151.0),
+            50,
+            "faster",
+            "at new tokens and prompts (",
+        ),
+        # 30 times as fast once and no faster at other times is a spread, not a speed.
+        (
+            (300.0, 10.0, 10.0, 10.0, 10.0),
+            (100.0, 99.0, 101.0, 99.0, 101.0),
+            50,
+            "simulated",
+            "neither faster nor smaller in memory",
+        ),
+        ((10.0, 9.9, 10.1, 9.9, 10.1), (100.0, 99.0, 101.0, 99.0, 101.0), 20, "smaller", "only smaller here"),
+        ((5.0, 5.1, 4.9, 5.1, 4.9), (50.0, 50.0, 51.0, 50.0, 51.0), 80, "simulated", "neither"),
     ],
 )
 def test_the_verdict_is_that_of_the_interval(
     decode: tuple[float, ...], prefill: tuple[float, ...], megabytes: int, verdict: str, said: str
 ) -> None:
-    parent = side_of("parent", run_of(), run_of(), run_of())
+    parent = side_of("parent", *[run_of()] * 5)
     runs = [run_of(p, d, megabytes) for p, d in zip(prefill, decode, strict=True)]
     found = compare(side_of("quantlab", *runs), parent)
     assert found.verdict == verdict and said in found.sentence
@@ -137,14 +171,15 @@ def test_sides_take_turns_and_one_that_fails_does_not_stop_the_others(
 ) -> None:
     asked: list[str] = []
     ended = []
-    rates = {"parent": [10.0, 10.0, 10.1], "transformers": [30.0, 30.1, 30.2]}
+    rates = {"parent": [10.0, 10.0, 10.1, 10.0, 10.0], "transformers": [30.0, 30.1, 30.2, 30.1, 30.1]}
     monkeypatch.setattr(room, "run_once", answers(rates, asked))
     config = BenchConfig(parent=toy_folder, engines=("quantlab", "transformers"))
     result = bench(toy_folder, config, ended.append)
-    assert asked == ["parent", "quantlab", "transformers", "transformers", "parent", "parent", "transformers"]
-    assert sum(ended) == 9
+    turns = ["parent", "transformers"]
+    assert asked == ["parent", "quantlab", "transformers", *reversed(turns), *turns, *reversed(turns), *turns]
+    assert sum(ended) == 15
     quantlab, transformers = result.sides
-    assert quantlab.error and not quantlab.runs and len(transformers.runs) == 3
+    assert quantlab.error and not quantlab.runs and len(transformers.runs) == 5
     assert [one.verdict for one in result.comparisons] == ["faster"]
     text = shown(result)
     assert "quantlab did not run: it ended with code 1: it needs another library." in text
