@@ -4,10 +4,13 @@ import atexit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 
 @contextmanager
@@ -39,3 +42,22 @@ def logits_of(path: Path, ids: list[int]) -> np.ndarray:
     with opened(path) as llama:
         llama.eval(ids)
         return np.array(llama.scores[: len(ids)])
+
+
+def rounded_inputs(model: PreTrainedModel, scheme: str, *, head: bool = False) -> PreTrainedModel:
+    """The model with inputs of its decoder's linears at 8 bits, as llama.cpp has them: a scale per 256 or 32.
+
+    Args:
+        head: also of the one that makes the logits, which it rounds where its matrix is in low bits.
+    """
+
+    def round_input(module: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+        group_size = 256 if scheme.endswith("_k") and args[0].shape[-1] % 256 == 0 else 32
+        groups = args[0].unflatten(-1, (-1, group_size))
+        scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+        return ((groups / scale).round() * scale).flatten(-2)
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D) and (head or name != "lm_head"):
+            module.register_forward_pre_hook(cast(Any, round_input))
+    return model

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from quantlab.config import CheckpointConfig, QuantizeConfig
 from quantlab.errors import CheckpointError, SchemeError
@@ -29,7 +28,7 @@ from quantlab.quantize import quantized
 from quantlab.reading import gguf as decoder
 from quantlab.schemes import Scheme
 from tests.exporting import toy_job
-from tests.llama import logits_of, opened
+from tests.llama import logits_of, opened, rounded_inputs
 from tests.toys import save_checkpoint, toy_model
 
 TYPES = ("q8_0", "q6_k", "q5_k", "q5_0", "q5_1", "q4_k", "q4_0", "q4_1", "q3_k")
@@ -141,21 +140,6 @@ def test_gguf_py_reads_the_matrices_of_the_codes(written: Callable[[str, str], A
     matrix = gguf.quants.dequantize(found.data, found.tensor_type)
     expected = file.job.ready.solve("model.layers.0.mlp.down_proj").quantized.dequantize().numpy()
     assert np.array_equal(matrix, expected)
-
-
-def rounded_inputs(model: PreTrainedModel, scheme: str) -> PreTrainedModel:
-    """The model with inputs of its decoder's linears at 8 bits, as llama.cpp has them: a scale per 256 or 32."""
-
-    def round_input(module: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
-        group_size = 256 if scheme.endswith("_k") and args[0].shape[-1] % 256 == 0 else 32
-        groups = args[0].unflatten(-1, (-1, group_size))
-        scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
-        return ((groups / scale).round() * scale).flatten(-2)
-
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear | Conv1D) and name != "lm_head":
-            module.register_forward_pre_hook(cast(Any, round_input))
-    return model
 
 
 def rms(values: np.ndarray) -> float:
