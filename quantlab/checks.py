@@ -13,9 +13,10 @@ from quantlab.data.text import check_text
 from quantlab.errors import ConfigError, SchemeError, nearest
 from quantlab.export.atomic import check_destination, check_place
 from quantlab.export.formats import Format, find_format
-from quantlab.inspection.checkpoint import CheckpointInfo, inspect_checkpoint
+from quantlab.inspection.checkpoint import CheckpointInfo, contents_of, inspect_checkpoint
 from quantlab.inspection.conversions import TWINS
 from quantlab.inspection.families import family_of
+from quantlab.manifest import check_contents
 from quantlab.schemes import Scheme, check_shapes, check_widths
 
 __all__ = ["check", "check_calibration", "export_folder"]
@@ -42,7 +43,11 @@ def check(config: RunConfig) -> tuple[list[CheckpointInfo], dict[str, str], int 
             _check_scheme(Scheme.parse(name), config.quantize, info)
     if config.export is not None:
         _check_export(config, infos[config.exported])
-    return infos, *_check_data(config)
+    found = _check_data(config)
+    # Last, since it reads the files whole.
+    for info in infos:
+        check_contents(contents_of(info))
+    return infos, *found
 
 
 def check_calibration(config: RunConfig) -> None:

@@ -18,10 +18,11 @@ from typing import Any
 
 import quantlab
 from quantlab.errors import CheckpointError
+from quantlab.inspection.contents import Contents, is_content
 from quantlab.inspection.folder import check_depth
 from quantlab.inspection.safetensors_header import MAX_HEADER_BYTES, read_json, regular_file
 
-__all__ = ["FORMAT_VERSION", "MANIFEST", "check_files", "read_manifest", "write_manifest"]
+__all__ = ["FORMAT_VERSION", "MANIFEST", "check_contents", "check_files", "read_manifest", "write_manifest"]
 
 MANIFEST = "MANIFEST.json"
 FORMAT_VERSION = 2
@@ -107,6 +108,50 @@ def check_files(folder: Path) -> dict[str, Any]:
         if changed or _sha256(folder / name) != listed[name]["sha256"]:
             raise CheckpointError(f"file is not what was written: {folder / name} was changed. Export again.")
     return manifest
+
+
+def check_contents(contents: Contents) -> None:
+    """Refuse a checkpoint whose files are not those that its manifest lists; of another tool's folder nothing is asked.
+
+    Only files that decide a score are looked at: a card may be edited, and a distributor may add files of its own.
+
+    Raises:
+        CheckpointError: the manifest is damaged, or a file is missing, changed, or not listed.
+    """
+    folder = contents.path
+    if not folder.is_dir() or not _is_ours(folder / MANIFEST):
+        return
+    listed, found = _listing(folder), {file.path.name: file for file in contents.files}
+    for name in sorted(listed):
+        if is_content(name) and name not in found:
+            raise CheckpointError(f"folder lacks a file of its manifest: {folder / name}. Export again.")
+    for name, file in found.items():
+        if name not in listed:
+            raise CheckpointError(
+                f"folder holds a file that its manifest does not list: {folder / name}. Remove it."
+            )
+        if listed[name]["sha256"] != file.sha256:
+            raise CheckpointError(f"file is not what was written: {folder / name} was changed. Export again.")
+
+
+def _listing(folder: Path) -> dict[str, dict[str, Any]]:
+    """The files of a manifest of any version: folders of version 1, which had no seal, are still scored."""
+    path = folder / MANIFEST
+    body = read_json(path.read_bytes(), path)
+    check_depth(body, path)
+    if body.get("format_version") != 1:
+        body = read_manifest(folder)
+    files: dict[str, dict[str, Any]] = body.get("files", {})
+    if not _is_listing(files):
+        raise CheckpointError(f"manifest must list files with sha256 and bytes: {path} does not.")
+    return files
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a manifest is quantlab's: other tools write files of this name too."""
+    if not path.is_file() or path.stat().st_size > MAX_HEADER_BYTES:
+        return False
+    return b'"quantlab"' in path.read_bytes()
 
 
 def _files_of(folder: Path) -> set[str]:

@@ -198,6 +198,7 @@ def run_job(job: Job, advance: Advance) -> None:
     with store.claim(job.key) as missing:
         if not missing:
             return
+        job.check_inputs()
         checkpoint = _loaded(job.made_by["checkpoint"]["content_hash"], job.checkpoint)
         wall, cpu = perf_counter(), process_time()
         if job.cell.kind == "profile":
@@ -208,6 +209,7 @@ def run_job(job: Job, advance: Advance) -> None:
             solutions = SolutionStore(job.config.folder / "solutions", job.weights_made_by, schemes)
             scheme = Scheme.parse(job.cell.scheme)
             result, items = evaluate_cell(checkpoint, scheme, job.own, advance, solutions)
+        job.check_inputs()
         record = Record.of(job.cell.kind, job.made_by, job.config.recorded(), result)
         spent = {"wall_s": round(perf_counter() - wall, 3), "cpu_s": round(process_time() - cpu, 3)}
         store.put(record, items, _circumstances(checkpoint, result) | spent)

@@ -14,7 +14,7 @@ from quantlab.allocation.config import AllocationConfig
 from quantlab.allocation.recipe import check_recipe, mixed_scheme, recipe_text, write_recipe
 from quantlab.allocation.solve import choose
 from quantlab.data.text import check_text, text_blocks
-from quantlab.inspection.checkpoint import CheckpointInfo, content_hash, inspect_checkpoint
+from quantlab.inspection.checkpoint import CheckpointInfo, inspect_checkpoint
 from quantlab.inspection.precision import stored_precision
 from quantlab.records import check_writable, source_hash
 
@@ -87,7 +87,7 @@ def _made_by(config: AllocationConfig, checkpoint: "Checkpoint", scale_dtype: An
     model = checkpoint.model
     return {
         "kind": "sensitivity",
-        "checkpoint": content_hash(checkpoint.info),
+        "checkpoint": checkpoint.content_hash(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "scale_dtype": str(scale_dtype).removeprefix("torch."),

@@ -24,7 +24,7 @@ from quantlab.calibration.partial import Partial
 from quantlab.calibration.statistics import Calibration
 from quantlab.calibration.stored import FORMAT_VERSION, open_calibration
 from quantlab.calibration.stream import Source, check_ids
-from quantlab.errors import OutputError
+from quantlab.errors import CheckpointError, OutputError
 from quantlab.records import fingerprint, reachable_hash
 from quantlab.sweep.store import RunStore
 
@@ -49,6 +49,7 @@ def calibrated(
     accumulate: torch.dtype = torch.float32,
     source: Source | None = None,
     advance: Callable[[int], object] = lambda count: None,
+    check: Callable[[], object] = lambda: None,
 ) -> Calibration:
     """The calibration of a model, from disk where it is there, else computed and stored a layer at a time.
 
@@ -56,6 +57,7 @@ def calibrated(
         folder: where calibrations are kept.
         checkpoint: hash of the checkpoint's content.
         transforms: what was done to the weights since they were loaded, empty for nothing.
+        check: raises where the checkpoint is no longer what it was; asked before statistics get their name.
         Others: those of `collect.collect_blocks`.
 
     Raises:
@@ -81,6 +83,11 @@ def calibrated(
                     partial.put(block)
                     # Gone before the next layer is summed.
                     del block
+                try:
+                    check()
+                except CheckpointError:
+                    partial.discard()
+                    raise
                 partial.finish(ids_NT, folder / key)
             except OSError as error:
                 raise OutputError(

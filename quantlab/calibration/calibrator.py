@@ -95,7 +95,6 @@ def calibrator_of(
         DataError: an unusable text.
     """
     from quantlab.data.text import text_blocks
-    from quantlab.inspection.checkpoint import content_hash
 
     rows = checkpoint.model.get_input_embeddings().weight.shape[0]
     blocks = text_blocks(config.text, checkpoint.tokenizer, num_embeddings=rows)
@@ -104,7 +103,7 @@ def calibrator_of(
         batch_size=config.batch_size,
         accumulate=getattr(torch, config.accumulate),
         folder=config.cache or FOLDER,
-        checkpoint=content_hash(checkpoint.info),
+        checkpoint=checkpoint.content_hash(),
         source=blocks.source,
         advance=advance,
     )

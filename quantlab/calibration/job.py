@@ -16,7 +16,8 @@ from quantlab.calibration.statistics import Calibration
 from quantlab.calibration.stored import linear_facts
 from quantlab.config import RunConfig
 from quantlab.data.text import TextBlocks, text_blocks
-from quantlab.inspection.checkpoint import content_hash, inspect_checkpoint
+from quantlab.inspection.checkpoint import contents_of, inspect_checkpoint
+from quantlab.inspection.contents import Contents
 from quantlab.models.loading import load_checkpoint
 
 __all__ = ["calibrate_checkpoint", "check_checkpoint"]
@@ -30,7 +31,7 @@ class _Opened:
     tokenizer: PreTrainedTokenizerBase
     source: FolderSource | None
     blocks: TextBlocks
-    content: str
+    contents: Contents
 
     @property
     def ids_NT(self) -> Tensor:
@@ -58,11 +59,12 @@ def calibrate_checkpoint(config: RunConfig, advance: Callable[[int], object]) ->
         opened.model,
         opened.ids_NT,
         folder=folder,
-        checkpoint=opened.content,
+        checkpoint=opened.contents.sha256,
         batch_size=config.calibration.batch_size,
         accumulate=getattr(torch, config.calibration.accumulate),
         source=opened.source,
         advance=advance,
+        check=opened.contents.check,
     )
     return _summary(found, folder / found.key) | {
         "text": opened.about(),
@@ -91,6 +93,7 @@ def check_checkpoint(config: RunConfig, advance: Callable[[int], object]) -> dic
 
 def _open(config: RunConfig) -> _Opened:
     own, info = config.checkpoints[0], inspect_checkpoint(config.checkpoints[0])
+    contents = contents_of(info)
     model: PreTrainedModel
     if must_stream(own, info, config.calibration.stream):
         lent = open_lent(own, info)
@@ -100,7 +103,7 @@ def _open(config: RunConfig) -> _Opened:
         model, tokenizer, source = checkpoint.model, checkpoint.tokenizer, None
     rows = model.get_input_embeddings().weight.shape[0]
     blocks = text_blocks(config.calibration.text, tokenizer, num_embeddings=rows)
-    return _Opened(model, tokenizer, source, blocks, content_hash(info))
+    return _Opened(model, tokenizer, source, blocks, contents)
 
 
 def _summary(found: Calibration, path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ Letters: N sequences, T tokens.
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 from torch import Tensor
@@ -59,6 +60,10 @@ class Partial:
         write_json(self.path / "index.json", {"made_by": self.made_by, "ids": ids, "layers": layers})
         self.path.rename(destination)
         fsync(destination.parent)
+
+    def discard(self) -> None:
+        """Remove what is there: it is not of what its name says."""
+        rmtree(self.path, ignore_errors=True)
 
     def _file(self, layer: str) -> Path:
         return self.path / f"{layer}.safetensors"

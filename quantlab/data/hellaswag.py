@@ -20,6 +20,7 @@ from quantlab.data.sources import decode, digest, read_bytes, seeded_order, ship
 from quantlab.errors import DataError
 
 NUM_ENDINGS = 4
+_SHIPPED = "hellaswag_val.jsonl.xz"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,11 @@ def load_hellaswag(path: Path | None = None) -> HellaSwag:
     return _parse(read_bytes(path), path.name, str(path), parquet=name.endswith(".parquet"))
 
 
+def read_rows(path: Path | None = None) -> bytes:
+    """The decompressed bytes of a file of documents, or of the shipped validation split."""
+    return shipped(_SHIPPED) if path is None else read_bytes(path)
+
+
 def load_documents(path: Path | None = None) -> list[Document]:
     """The documents of `load_hellaswag`."""
     return list(load_hellaswag(path).documents)
@@ -96,8 +102,7 @@ def preprocess(text: str) -> str:
 
 @cache
 def _shipped() -> HellaSwag:
-    name = "hellaswag_val.jsonl.xz"
-    return _parse(shipped(name), "HellaSwag validation", name, parquet=False)
+    return _parse(read_rows(), "HellaSwag validation", _SHIPPED, parquet=False)
 
 
 def _parse(content: bytes, source: str, where: str, *, parquet: bool) -> HellaSwag:

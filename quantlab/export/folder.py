@@ -32,7 +32,6 @@ from quantlab.export.model_card import CardFacts, matching_scores, model_card
 from quantlab.export.recipe import Origin, facts_of, recipe
 from quantlab.export.shards import DEFAULT_SHARD_SIZE, Layout, write_shards
 from quantlab.export.tensors import dtype_name, model_parts, stored_dtype
-from quantlab.inspection.checkpoint import content_hash
 from quantlab.quantize import prepared
 from quantlab.records import Record
 from quantlab.schemes import Scheme
@@ -139,7 +138,7 @@ def export_checkpoint(
         )
         # Gains that were folded change codes of o_proj: scores of the model as it was are not of these.
         own = () if converted and info.variant != "standard" else records
-        origin = Origin(content_hash(info), config, made_by, own)
+        origin = Origin(checkpoint.content_hash(), config, made_by, own)
         with new_folder(out_dir, overwrite=overwrite, facts={"tensors": job.codes.digests}) as folder:
             facts = _fill(folder, job, form, origin)
     return _summary(out_dir, job, facts)

@@ -5,8 +5,6 @@ What passes here is safe to hand to transformers; values (NaN, Inf) and what onl
 while the weights load.
 """
 
-import hashlib
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -17,6 +15,7 @@ from quantlab.config import CheckpointConfig
 from quantlab.errors import CheckpointError
 from quantlab.inspection.architectures import OURS, check_config, check_sizes, sizes_of
 from quantlab.inspection.compressed import CACHE_SCALES, unpacked
+from quantlab.inspection.contents import Contents
 from quantlab.inspection.families import family_of
 from quantlab.inspection.folder import PICKLES, Folder, open_folder, refused_pickle
 from quantlab.inspection.gguf_header import read_gguf
@@ -27,14 +26,18 @@ from quantlab.inspection.resolving import resolve
 from quantlab.inspection.shapes import check_one_block, check_shapes, linears_of
 from quantlab.packaged import is_packaged
 
-__all__ = ["CheckpointInfo", "content_hash", "inspect_checkpoint", "inspect_low_bit", "is_of", "resolve"]
+__all__ = [
+    "CheckpointInfo",
+    "content_hash",
+    "contents_of",
+    "inspect_checkpoint",
+    "inspect_low_bit",
+    "is_of",
+    "resolve",
+]
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 """Name -> (dtype as the file names it, shape in torch's order)."""
-
-_HASHED = re.compile(
-    r"(config|generation_config|chat_template|.*token.*|vocab|.*index)\.json|.*\.(model|txt|jinja|py)"
-)
 
 
 @dataclass(frozen=True)
@@ -93,16 +96,12 @@ def content_hash(info: CheckpointInfo) -> str:
 
     Renaming or moving the checkpoint keeps it; one changed bit in one file changes it.
     """
-    if info.kind == "gguf":
-        files = {"model.gguf": info.path}
-    else:
-        others = [file for file in info.path.iterdir() if _HASHED.fullmatch(file.name)]
-        files = {file.name: file for file in {*info.files, *others}}
-    total = hashlib.sha256()
-    for name in sorted(files):
-        with files[name].open("rb") as file:
-            total.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
+    return contents_of(info).sha256
+
+
+def contents_of(info: CheckpointInfo) -> Contents:
+    """All that decides a score, to be looked at again when it is read."""
+    return Contents.of(info.path, info.files)
 
 
 def inspect_low_bit(path: Path, linears: Collection[str], source: str) -> CheckpointInfo:

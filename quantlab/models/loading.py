@@ -29,7 +29,8 @@ from transformers.utils import logging
 
 from quantlab.config import CheckpointConfig
 from quantlab.errors import CheckpointError, ConfigError, UserError
-from quantlab.inspection.checkpoint import CheckpointInfo, inspect_checkpoint
+from quantlab.inspection.checkpoint import CheckpointInfo, contents_of, inspect_checkpoint
+from quantlab.inspection.contents import Identity, identities
 from quantlab.inspection.families import Family, family_of
 from quantlab.inspection.gguf_header import read_gguf
 from quantlab.inspection.gguf_names import config_of
@@ -50,6 +51,19 @@ class Checkpoint:
     family: Family
     scheme: Scheme | None = None
     """What the model carries already, where it comes from a folder of low-bit weights."""
+    files: Mapping[Path, Identity] | None = None
+    """Identities of its files when they were loaded, where that is known."""
+
+    def content_hash(self) -> str:
+        """SHA-256 of what was loaded.
+
+        Raises:
+            CheckpointError: a file was written since.
+        """
+        contents = contents_of(self.info)
+        if self.files is not None:
+            contents.check_loaded(self.files)
+        return contents.sha256
 
 
 def load_checkpoint(config: CheckpointConfig, info: CheckpointInfo | None = None) -> Checkpoint:
@@ -65,6 +79,31 @@ def load_checkpoint(config: CheckpointConfig, info: CheckpointInfo | None = None
     """
     device = resolve_device(config.device)
     info = info or inspect_checkpoint(config)
+    files = identities(info.path, info.files)
+    loaded = _load(config, info, device)
+    check_untouched(files, info)
+    return replace(loaded, files=files)
+
+
+def check_untouched(files: Mapping[Path, Identity], info: CheckpointInfo) -> None:
+    """Refuse files that were written while they were loaded.
+
+    Args:
+        files: their identities before.
+
+    Raises:
+        CheckpointError: one was.
+    """
+    now = identities(info.path, info.files)
+    for file in sorted(files.keys() | now.keys()):
+        if files.get(file) != now.get(file):
+            raise CheckpointError(
+                f"a checkpoint must stay as it is while it is loaded: {file} was written meanwhile. Run again once "
+                "nothing writes there."
+            )
+
+
+def _load(config: CheckpointConfig, info: CheckpointInfo, device: torch.device) -> Checkpoint:
     if info.carries is not None:
         from quantlab.models.low_bit import load_low_bit
 

@@ -15,7 +15,9 @@ from importlib.util import find_spec
 from typing import Any
 
 from quantlab.config import CheckpointConfig, RunConfig
-from quantlab.inspection.checkpoint import CheckpointInfo, content_hash
+from quantlab.data.unchanged import check_data
+from quantlab.inspection.checkpoint import CheckpointInfo, contents_of
+from quantlab.inspection.contents import Contents
 from quantlab.inspection.precision import stored_precision
 from quantlab.records import COMPUTATION, record_key, source_hash
 from quantlab.schemes import METHODS, Scheme
@@ -37,11 +39,27 @@ class Job:
     config: RunConfig
     made_by: dict[str, Any]
     """What the record's key is the hash of."""
+    contents: Contents | None = None
+    """Files of the checkpoint as they were when the key was made."""
 
     @property
     def key(self) -> str:
         """The record's key, known before it is computed."""
         return record_key(self.cell.kind, self.made_by)
+
+    def check_inputs(self) -> None:
+        """Refuse inputs that are no longer what the key was made of; before they are read, and before it is recorded.
+
+        Raises:
+            CheckpointError, DataError: a file of the checkpoint, or a text or HellaSwag file, has other bytes.
+        """
+        if self.contents is not None:
+            self.contents.check()
+        data = dict(self.made_by.get("data", {}))
+        if "calibration" in self.made_by:
+            data["calibration"] = self.made_by["calibration"]["data"]
+        for task, sha256 in data.items():
+            check_data(self.own, task, sha256)
 
     @property
     def weights_made_by(self) -> dict[str, Any]:
@@ -81,7 +99,8 @@ def jobs_of(
         data: SHA-256 of the data of each task.
         num_documents: HellaSwag documents that are selected, for the plan's costs.
     """
-    sources = [_source(checkpoint, info) for checkpoint, info in zip(config.checkpoints, infos, strict=True)]
+    contents = [contents_of(info) for info in infos]
+    sources = [_source(*each) for each in zip(config.checkpoints, infos, contents, strict=True)]
     libraries = {name: version(name) for name in ("torch", "transformers", *_KERNELS) if find_spec(name)}
     jobs = []
     for cell in plan(config, num_documents):
@@ -90,17 +109,18 @@ def jobs_of(
         settings = _of_profile if cell.kind == "profile" else _of_evaluation
         made_by = shared | settings(cell, config.of(cell.checkpoint), source, data)
         how = _computation(cell, config, infos[cell.checkpoint].carries, source["device"])
-        jobs.append(Job(cell, config, made_by | ({COMPUTATION: how} if how else {})))
+        made_by |= {COMPUTATION: how} if how else {}
+        jobs.append(Job(cell, config, made_by, contents[cell.checkpoint]))
     return jobs
 
 
-def _source(checkpoint: CheckpointConfig, info: CheckpointInfo) -> dict[str, Any]:
+def _source(checkpoint: CheckpointConfig, info: CheckpointInfo, contents: Contents) -> dict[str, Any]:
     from quantlab.models.loading import resolve_device, resolve_dtype
 
     device = resolve_device(checkpoint.device)
     return {
         "name": info.name,
-        "content_hash": content_hash(info),
+        "content_hash": contents.sha256,
         "architecture": info.architecture,
         "num_parameters": info.num_parameters,
         "source_precision": info.source_precision,
