@@ -189,6 +189,8 @@ def test_verbs_share_a_folder_without_losing_each_other(toy_folder: Path, tmp_pa
     for _ in range(2):
         (scores,) = pipeline.run(config, watch_nothing, only=("evaluation", "w8"))
     (outliers,) = pipeline.run(config, watch_nothing, only=("profile", "w16"))
+    # A profile sees logits through the sites, a scheme of weights leaves attention to the model's own kernel.
+    assert outliers.result["attention"].endswith("with sites") and "sites" not in scores.result["attention"]
     assert [record.key for record in read_records(tmp_path)] == [scores.key, outliers.key]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from quantlab.cli import main
@@ -17,6 +18,7 @@ from quantlab.train.contamination import holds_any, validation_contexts
 from quantlab.train.corpus import Corpus, build_corpus, open_corpus
 from quantlab.train.drawing import draw
 from quantlab.train.reading import documents, file_sha256
+from quantlab.train.tokenizer import cut, encode
 from tests.quantlab.corpora import LEAK, VALIDATION_CONTEXT, corpus_config, make_texts, write_sources
 
 END = "<|endoftext|>"
@@ -238,3 +240,12 @@ def test_the_command_makes_a_corpus_and_tells_its_counts(
         main(["corpus", str(path), "--set", "corpus.sead=1"])
     assert end.value.code == 2
     assert "unknown key 'corpus.sead'" in (told := capsys.readouterr().err) and "'seed'" in told
+
+
+@pytest.mark.parametrize("spare", [-1, 0, 1])
+def test_a_beginning_has_at_most_so_many_tokens(corpus: Corpus, spare: int) -> None:
+    tokenizer, text = Tokenizer.from_file(str(corpus.folder / "tokenizer.json")), "one two three\nfour five"
+    count = len(encode(tokenizer, text, np.int64))
+    found = cut(tokenizer, text, count + spare)
+    assert len(encode(tokenizer, found, np.int64)) <= count + spare and text.startswith(found)
+    assert (found == text) == (spare >= 0)

@@ -260,3 +260,16 @@ def test_targets_that_are_no_linears() -> None:
     assert sorts["model.layers.0.conv"] == "other"
     assert sorts["model.layers.0.positions"] == "other"
     assert sorts["model.layers.0.other"] == sorts["model.layers.0.attention.in_proj_weight"] == "fused"
+
+
+def test_what_is_no_text_is_rounded_at_queries_and_stays_in_maps() -> None:
+    """Where a query sees nothing a map keeps its logits; a query's own values are rounded like any others."""
+    spec = TensorSpec(4, "row")
+    x = torch.randn(1, 2, 3, 8, generator=torch.Generator().manual_seed(0))
+    seen = torch.tensor([True, False, True]).view(1, 1, 3, 1).expand_as(x)
+    site = FakeQuant(spec, "heads")
+    assert torch.equal(site(x, Block(seen)), site(x))
+    assert not torch.equal(site(x, Block(seen))[:, :, 1], x[:, :, 1])
+    out = FakeQuant(spec, "map")(x, Block(seen))
+    assert torch.equal(out[:, :, 1], x[:, :, 1]) and not torch.equal(out[:, :, 0], x[:, :, 0])
+    assert not torch.equal(FakeQuant(spec, "map")(x)[:, :, 1], x[:, :, 1])

@@ -288,3 +288,13 @@ def test_a_range_is_searched_as_if_its_row_were_alone(dims: tuple[int, ...]) -> 
         assert torch.equal(high[rows], torch.cat(alone)) and high.shape == (9000, 1)
     else:
         assert high.shape == (1, 1) and float(high) <= float(x.abs().max()) and torch.equal(low, -high)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codes_fit_from_the_lowest_signed_to_the_highest_unsigned(bits: int) -> None:
+    low, high = -(2 ** (bits - 1)), 2**bits - 1
+    for code in (low, high):
+        assert len(pack(torch.tensor([code, 0]), bits)) == packed_bytes(2, bits)
+    for code in (low - 1, high + 1):
+        with pytest.raises(AssertionError, match=f"codes must fit {bits} bits"):
+            pack(torch.tensor([code, 0]), bits)

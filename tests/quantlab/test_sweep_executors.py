@@ -1,5 +1,6 @@
 """Every cell gets its result or its error, whatever happens to the processes; nothing outlives the parent."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import psutil
 import pytest
 
 from quantlab.errors import EvaluationError, OutputError, SchemeError
+from quantlab.sweep import workers as room
 from quantlab.sweep.executors import CellError, Event, run_cells
 
 _served: list[object] = []
@@ -210,3 +212,11 @@ def test_no_worker_outlives_its_parent(tmp_path, blow):
     parent.send_signal(blow)
     parent.wait(timeout=20)
     assert psutil.wait_procs(children, timeout=20)[1] == []
+
+
+def test_a_worker_that_ended_without_a_word_is_dead() -> None:
+    """Else its parent would ask it for ever."""
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    worker = room._Worker(multiprocessing.Process(), ours)
+    assert room._listen(worker, None) is False  # type: ignore[arg-type]

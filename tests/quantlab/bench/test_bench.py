@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from quantlab.bench import bench as room
-from quantlab.bench import process, worker
+from quantlab.bench import engines, process, worker
 from quantlab.bench.bench import bench
 from quantlab.bench.config import BenchConfig
+from quantlab.bench.engines import gguf_file, reads
 from quantlab.bench.process import EngineError, run_once
 from quantlab.bench.results import BenchResult, Ratio, Run, Side, compare
 from quantlab.bench.tables import bench_table
@@ -267,3 +268,33 @@ def test_a_toy_folder_from_end_to_end(toy_folder: Path) -> None:
         assert all((run.prompt_tokens, run.new_tokens) == (8, 4) for run in side.runs)
     json.dumps(result.summary(), allow_nan=False)
     assert "transformers is " in shown(result)
+
+
+def test_a_gguf_file_is_found_by_itself_and_in_a_folder(tmp_path: Path) -> None:
+    one, other = tmp_path / "b.gguf", tmp_path / "weights.safetensors"
+    assert gguf_file(tmp_path) is None
+    one.write_bytes(b""), other.write_bytes(b"")
+    assert gguf_file(one) == one and gguf_file(other) is None and gguf_file(tmp_path) == one
+    (tmp_path / "a.gguf").write_bytes(b"")
+    assert gguf_file(tmp_path) == tmp_path / "a.gguf"
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_which_engine_reads_which_files(
+    installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "find_spec", lambda name: object() if installed else None)
+    safetensors, gguf = tmp_path / "folder", tmp_path / "gguf"
+    for folder, name in ((safetensors, "model.safetensors"), (gguf, "model.gguf")):
+        folder.mkdir()
+        (folder / name).write_bytes(b"")
+    assert [reads(name, safetensors) for name in ("transformers", "quantlab", "llama_cpp")] == [
+        True,
+        True,
+        False,
+    ]
+    assert [reads(name, gguf) for name in ("transformers", "quantlab", "llama_cpp")] == [
+        True,
+        False,
+        installed,
+    ]

@@ -11,7 +11,7 @@ from quantlab.data.hellaswag import Document
 from quantlab.errors import VerificationError
 from quantlab.export.engines import Engine
 from quantlab.verify.agreement import Agreement, Flip, Gap, compare
-from quantlab.verify.card import into_card, section
+from quantlab.verify.card import BEGIN, into_card, section
 from quantlab.verify.certificate import Certificate, Row
 from quantlab.verify.codes import CodesReport
 from quantlab.verify.process import Answer, ReaderError, parsed
@@ -153,3 +153,8 @@ def test_an_answer_has_as_many_layers_in_every_probe() -> None:
             parsed(arrays | change, facts, asked)
     with pytest.raises(ReaderError, match="its answer is not one: KeyError"):
         parsed(arrays, {}, asked)
+
+
+def test_a_card_whose_certificate_lost_its_end_keeps_every_word() -> None:
+    card = f"# Model\n\n{BEGIN}\nhalf a certificate\n\nWords of the user.\n"
+    assert into_card(card, CERTIFICATE) == card.rstrip("\n") + "\n\n" + section(CERTIFICATE) + "\n"
