@@ -21,7 +21,7 @@ Letters: B sequences, H query heads, K key heads, q query rows of a block, T key
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,17 @@ MAP_SITES = ("attn_logits", "attn_probs", "attn_effective")
 """Sites that see blocks of queries, in the order in which data passes them; the last only where maps are joined."""
 SITES = ("attn_query", "attn_key", "attn_value", *MAP_SITES)
 """All sites of an attention layer."""
+WITHOUT_EFFECT = frozenset(
+    (
+        "position_ids",
+        "cache_position",
+        "position_embeddings",
+        "token_type_ids",
+        "mm_token_type_ids",
+        "num_items_in_batch",
+    )
+)
+"""Tensors that models hand through to attention, which it takes no notice of: rotation and mask are made before it."""
 NAME = "attention_sites"
 """Under which the attention function and its mask function are registered with transformers."""
 
@@ -51,9 +62,17 @@ NAME = "attention_sites"
 class _Session:
     """What the attention function remembers of one model between calls."""
 
-    def __init__(self, layers: list[tuple[str, nn.Module]], block_size: int | None) -> None:
+    def __init__(
+        self,
+        layers: list[tuple[str, nn.Module]],
+        block_size: int | None,
+        configs: list[tuple[PreTrainedConfig, str]],
+    ) -> None:
         self.names = {module: name for name, module in layers}
         self.block_size = block_size
+        self.configs = configs
+        """Configurations and the implementation that each had before, outermost first."""
+        self.paused = False
         self.reached: dict[nn.Module, tuple[Any, Any, Any]] = {}
 
     def begin(self) -> None:
@@ -69,7 +88,7 @@ class _Session:
 
     def check(self) -> None:
         missed = [name for module, name in self.names.items() if module not in self.reached]
-        if missed:
+        if missed and not self.paused:
             module = type(next(module for module, name in self.names.items() if name == missed[0])).__name__
             raise ProbeError(
                 f"Every attention layer must go through transformers' AttentionInterface to have sites: "
@@ -96,9 +115,9 @@ def attention_sites(model: nn.Module, *, block_size: int | None = None) -> Itera
     if all(hasattr(module, "attn_logits") for _, module in layers):
         yield
         return
-    session = _Session(layers, block_size)
     _, stack = decoder_stack(model)
     configs = [(config, config._attn_implementation) for config in _configs(model)]
+    session = _Session(layers, block_size, configs)
     try:
         for _, module in layers:
             for name in SITES:
@@ -116,6 +135,25 @@ def attention_sites(model: nn.Module, *, block_size: int | None = None) -> Itera
             for name in (*SITES, "site_session"):
                 if hasattr(module, name):
                     delattr(module, name)
+
+
+@contextmanager
+def outside_sites(model: nn.Module) -> Iterator[None]:
+    """The model's own attention for the span of the block, also inside `attention_sites`; sites see nothing then."""
+    sessions = (getattr(module, "site_session", None) for _, module in attention_layers(model))
+    session: _Session | None = next(sessions, None)
+    if session is None:
+        yield
+        return
+    try:
+        session.paused = True
+        for config, implementation in session.configs:
+            config._attn_implementation = implementation
+        yield
+    finally:
+        for config, _ in session.configs:
+            config._attn_implementation = NAME
+        session.paused = False
 
 
 def _configs(model: nn.Module) -> list[PreTrainedConfig]:
@@ -145,6 +183,7 @@ def _attend(
 
     K divides M, V divides H; M is H unless the rule `maps` joins maps.
     """
+    _check_known(module, kwargs)
     if kwargs.get("s_aux") is not None:
         raise ProbeError(
             f"attention_sites computes a softmax over keys only: {type(module).__name__} adds attention sinks (s_aux) "
@@ -170,6 +209,25 @@ def _attend(
     )
     outputs = _walk(call, module, fresh=fresh, dropout=dropout if module.training else 0.0)
     return outputs, None
+
+
+def _check_known(module: nn.Module, options: Mapping[str, Any]) -> None:
+    """Refuse tensors that decide on the result in a way that is not known here, as which keys a query reads."""
+    unknown = [
+        name for name in options if name not in {*WITHOUT_EFFECT, "s_aux"} and _holds_tensor(options[name])
+    ]
+    if unknown:
+        raise ProbeError(
+            f"attention_sites computes softmax(scale q k^T + mask) v: {type(module).__name__} gives its attention "
+            f"{', '.join(sorted(unknown))} besides, which that leaves out. Its hidden states can be observed, its "
+            "attention logits cannot."
+        )
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_tensor, value.values()))
+    return isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(map(_holds_tensor, value)))
 
 
 def _entering(

@@ -9,7 +9,7 @@ from quantlab.errors import SchemeError
 from quantlab.kernels.choice import check_integers, check_packed, choose_kernel
 from quantlab.layers.fake_quant import FakeQuant
 from quantlab.layers.linear import QuantLinear
-from quantlab.layers.sites import check_reached
+from quantlab.layers.same_attention import check_same_attention
 from quantlab.layers.targets import Choice, Target, check_skip, choose_targets
 from quantlab.schemes import Scheme, TensorSpec, check_shapes, check_widths
 from quantlab.solving.asked import Asked
@@ -22,7 +22,7 @@ def check_fits(model: nn.Module, asked: Asked, calibrator: Calibrator | None) ->
 
     Raises:
         SchemeError: the scheme does not fit the model, or needs calibration where there is none.
-        ProbeError: it needs ranges of queries, keys or values, and the model's attention has no sites.
+        ProbeError: it rounds what lies inside attention, and the model's attention has no sites.
     """
     scheme, config = asked.scheme, asked.config
     carries = any(isinstance(module, QuantLinear | FakeQuant) for module in model.modules())
@@ -35,8 +35,8 @@ def check_fits(model: nn.Module, asked: Asked, calibrator: Calibrator | None) ->
         raise SchemeError(
             f"{scheme.name} needs calibration ({', '.join(sorted(scheme.needs))}): none was given. Give a calibrator."
         )
-    if any(spec.static for spec in scheme.head_sites.values()):
-        check_reached(model)
+    if scheme.sites or scheme.head_sites:
+        check_same_attention(model)
     if config.skip:
         check_skip(model, config.skip)
     if scheme.weights is None and scheme.activations is None:

@@ -10,10 +10,8 @@ Everything is found, checked and made before anything is swapped.
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import nn
 
-from probes.attention import attention_sites
 from probes.sites import attention_layers, decoder_layers, map_of_head
 from quantlab.calibration.statistics import AttentionStats
 from quantlab.changes import Change
@@ -30,7 +28,6 @@ from quantlab.transforms.edit import Undo, replace_
 
 __all__ = [
     "FoundSite",
-    "check_reached",
     "find_outputs",
     "find_sites",
     "swap_output",
@@ -51,18 +48,6 @@ _ALONE: dict[str, Callable[[TensorSpec], Scheme]] = {
 
 FoundSite = tuple[str, nn.Module, str, FakeQuant | CachedHeads]
 """(layer's dotted name, layer, site, what will stand there)."""
-
-
-def check_reached(model: nn.Module) -> None:
-    """Try two tokens, since only a forward pass tells whether attention goes through its sites.
-
-    Raises:
-        ProbeError: it does not; the message names the architecture.
-    """
-    weight = next(model.parameters())
-    if not weight.is_meta:  # of a model that is streamed, the calibration tells
-        with attention_sites(model), torch.no_grad():
-            model(torch.zeros(1, 2, dtype=torch.long, device=weight.device))
 
 
 def find_sites(
