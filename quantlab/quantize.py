@@ -29,6 +29,7 @@ from quantlab.calibration.calibrator import Calibrator
 from quantlab.calibration.statistics import AttentionStats
 from quantlab.changes import Change, Changes
 from quantlab.config import QuantizeConfig
+from quantlab.layers.called import expect_calls_
 from quantlab.layers.sites import FoundSite, find_outputs, find_sites, swap_output, swap_site, turn_heads_
 from quantlab.layers.targets import Choice, choose_targets
 from quantlab.methods.solved import Solved
@@ -192,6 +193,8 @@ def _apply(
     own = [target for target in choice.chosen if target.tied_to is None]
     work = Work(asked, *solve_model(model, own, asked, calibrator, done, solutions, undo))
     rows = _swap_(model, choice, sites, work, undo)
+    if choice.chosen:
+        expect_calls_(model, [target.name for target in choice.chosen], undo)
     return Changes(scheme.name, tuple(rows), num_parameters, tuple(notes))
 
 
