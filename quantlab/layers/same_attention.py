@@ -34,8 +34,8 @@ def check_same_attention(model: nn.Module) -> None:
     weight = next(model.parameters())
     if weight.is_meta:  # of a model that is streamed, the calibration tells
         return
-    embedding = model.get_input_embeddings()
-    ids_1T = _trial(model, len(embedding.weight)).to(weight.device)
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    ids_1T = _trial(model, len(next(embedding.parameters()))).to(weight.device)
     with torch.no_grad():
         with outside_sites(model):
             own_TV = _logits(model, ids_1T)
@@ -69,14 +69,14 @@ def num_trial_tokens(config: Any) -> int:
 
 def _trial(model: nn.Module, num_rows: int) -> Tensor:
     """Token ids [1, T], all over the vocabulary."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     T = num_trial_tokens(config.get_text_config()) if hasattr(config, "get_text_config") else TRIAL_TOKENS
     return (torch.arange(T) * 7919 % num_rows)[None]
 
 
 def _logits(model: nn.Module, ids_1T: Tensor) -> Tensor:
     """[T, V], at least float32, each token's less their mean."""
-    logits = model(ids_1T, use_cache=False).logits[0]
+    logits: Tensor = model(ids_1T, use_cache=False).logits[0]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits - logits.mean(-1, keepdim=True)
 
