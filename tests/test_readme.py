@@ -11,9 +11,6 @@ import pytest
 
 from tests.toys import save_checkpoint
 
-# Later commands read what earlier ones wrote: one process runs them in order.
-pytestmark = pytest.mark.xdist_group("readme")
-
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 HUB_ID = "HuggingFaceTB/SmolLM2-135M"

@@ -75,11 +75,9 @@ def explained() -> dict[str, str]:
     """What each letter of a name means and what may follow it, in one line each."""
     return {f"{letter}N": _explained(place) for letter, place in PLACES.items()} | {
         "..z ..s": "after the granularity: with zero points (of kv: real minima); static, from calibration",
-        "..m1 ..m2": "of l and p, after the granularity: only the added, or only the subtracted map of differential "
-        "attention; m alone is the granularity of one scale for each of the two",
+        "..m1 ..m2": "of l and p, after the granularity: only the added, or only the subtracted map",
         "..uN": "of kv: each query sees its last N keys and values unquantized",
-        "kvNcuM": f"KIVI: keys of the cache per channel and {CACHE_GROUP} tokens, stored M at a time, a multiple of "
-        f"{CACHE_GROUP}; values per token and {CACHE_GROUP} channels, the last M and the query's own untouched",
+        "kvNcuM": f"KIVI: keys per channel and {CACHE_GROUP} tokens, values per token and {CACHE_GROUP} channels",
         "..16": "untouched, and left out of the name: w16 alone is the baseline",
     }
 

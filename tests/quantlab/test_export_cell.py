@@ -9,7 +9,7 @@ from quantlab.cli import main
 from quantlab.records import read_records
 from tests.toys import save_checkpoint
 
-SETTINGS = ["--set", "evaluation.tasks=[perplexity]", "--set", "evaluation.perplexity.num_sequences=1"]
+SETTINGS = ["--set", "evaluation.tasks=[perplexity]", "--set", "evaluation.perplexity.num_sequences=6"]
 SETTINGS += ["--set", "evaluation.perplexity.sequence_length=32", "--set", "calibration.text.num_sequences=2"]
 SETTINGS += ["--set", "calibration.text.sequence_length=64", "--set", "profile=null"]
 

@@ -53,9 +53,15 @@ def test_the_summary_holds_every_score_with_its_interval() -> None:
     assert summary["acc"] == summary["acc_norm"] == pytest.approx(1 / 3)
     assert summary["margin"] == 0.0
     assert summary["nats_per_token"] == pytest.approx((4 + 5 + 4) / (2 + 3 + 4))
+    enough = scores(
+        ll=[[-4.0, -6.0, -9.0, -8.0], [-5.0, -5.0, -7.0, -9.0], [-3.0, -2.0, -4.0, -8.0]] * 2,
+        chars=[[2, 6, 9, 4], [5, 5, 10, 3], [1, 1, 4, 2]] * 2,
+        labels=[0, 1, 2] * 2,
+    ).summary()
     for name in ("acc", "acc_norm", "margin", "margin_norm", "nats_per_token"):
-        low, high = summary[f"{name}_interval"]
-        assert low < summary[name] < high and summary[f"{name}_stderr"] > 0
+        low, high = enough[f"{name}_interval"]
+        assert low < enough[name] < high and enough[f"{name}_stderr"] > 0
+        assert enough[name] == pytest.approx(summary[name]) and summary[f"{name}_interval"] == [None, None]
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
 

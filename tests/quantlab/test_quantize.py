@@ -122,7 +122,8 @@ def test_lambda_is_rounded_where_it_is_of_each_token() -> None:
         with watch(model, "*.self_attn.lambda_", lambda _, __, ___, out: seen.append(out)):
             assert not torch.equal(run(model, ids()), before)
     for lambda_BTH in seen:
-        codes = lambda_BTH / lambda_BTH.amax(-1, keepdim=True) * 7
+        # Never negative, so 4 bits count from 0 to 15.
+        codes = lambda_BTH / lambda_BTH.amax(-1, keepdim=True) * 15
         assert torch.allclose(codes, codes.round(), atol=1e-4)
     assert torch.equal(run(model, ids()), before)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from quantlab.records import read_record, what_was_computed
 from tests.quantlab.cli.command import FAST, calibrated, quantlab, result_of, with_a_dead_channel
 
 
@@ -53,22 +54,21 @@ def test_items_are_documents_by_position(
     assert list(read_items(tmp_path / "run", record.stem, "hellaswag")["item"]) == [7, 8, 9]
 
 
-def test_batch_size_and_workers_change_no_key(
-    toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("scheme", "num_keys"), [("w16", 2), ("w8a8", 1)])
+def test_batch_size_is_in_the_key_of_what_it_moves_and_workers_in_none(
+    scheme: str, num_keys: int, toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keys = set()
+    """w8a8 takes one document at a time, whatever is asked; w16's last digits depend on what shares a row."""
+    records = []
     for number, options in enumerate(
-        (["--batch-size", "1"], ["--batch-size", "8", "--set", "sweep.workers=2"])
+        (["--batch-size", "1"], ["--batch-size", "8"], ["--batch-size", "8", "--set", "sweep.workers=2"])
     ):
-        out = tmp_path / str(number)
-        keys.add(
-            Path(
-                result_of(capsys, "evaluate", toy_folder, "--limit", "3", *FAST, "--out", out, *options)[
-                    "record"
-                ]
-            ).stem
-        )
-    assert len(keys) == 1
+        out = ["--scheme", scheme, "--out", tmp_path / str(number)]
+        result = result_of(capsys, "evaluate", toy_folder, "--limit", "3", *FAST, *out, *options)
+        records.append(read_record(Path(result["record"])))
+    assert len({record.key for record in records}) == num_keys and records[1].key == records[2].key
+    same = [what_was_computed(record.made_by) for record in records]
+    assert same[0] == same[1] == same[2]
 
 
 def test_hessian_reaches_the_methods(

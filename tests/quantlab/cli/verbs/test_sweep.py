@@ -14,7 +14,7 @@ def test_sweep_ends_with_a_report_and_quantize_with_a_card(
     grid = tmp_path / "grid.yaml"
     grid.write_text(
         "schemes: [w8, l6t]\nprofile: {text: {sequence_length: 32, num_sequences: 2}}\n"
-        "evaluation: {hellaswag: {limit: 4}, perplexity: {sequence_length: 32, num_sequences: 2}}\n"
+        "evaluation: {hellaswag: {limit: 6}, perplexity: {sequence_length: 32, num_sequences: 6}}\n"
     )
     result = result_of(
         capsys, "sweep", toy_folder, "--config", grid, "--out", tmp_path / "run", "--workers", "2"
