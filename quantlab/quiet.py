@@ -1,4 +1,4 @@
-"""Libraries that talk on stderr while they are imported, silenced where people read stderr: in commands and workers."""
+"""Libraries that talk on stderr while they are imported, silenced: people read stderr."""
 
 import logging
 

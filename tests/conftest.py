@@ -10,6 +10,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from quantlab.quiet import quiet_imports
+
+# Else what torchao says in a worker stands below pytest's last line.
+quiet_imports()
+
 import pytest
 import torch
 

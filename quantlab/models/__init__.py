@@ -1,5 +1,10 @@
 """Checkpoints in memory. Importing this package registers quantlab's own architectures with transformers."""
 
+from quantlab.quiet import quiet_imports
+
+# Before transformers, which imports torchao where it is installed.
+quiet_imports()
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from quantlab.models.configuration import QuantlabConfig
