@@ -28,7 +28,7 @@ import quantlab
 from quantlab.export.compressed_tensors import pack_rows
 from quantlab.export.gptq import unsigned
 from quantlab.export.job import ExportJob
-from quantlab.export.linears import kept_linears, separate_linears
+from quantlab.export.linears import both_names, kept_linears, separate_linears
 from quantlab.export.shards import Layout, Part, TensorType
 from quantlab.export.tensors import exactly
 from quantlab.methods.solved import Quantized
@@ -95,5 +95,5 @@ def _quantization_config(job: ExportJob, spec: TensorSpec) -> dict[str, Any]:
     }
     if job.ready.skipped:
         config["modules_to_not_convert"] = kept_linears(job)
-        config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in job.ready.skipped}
+        config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in both_names(job, job.ready.skipped)}
     return config

@@ -21,15 +21,17 @@ class Codes:
 
     solve: Callable[[str], Solved]
     """Codes of one linear; scales already rounded to the stored dtype."""
+    stored: Callable[[str], str] = str
+    """Name of a linear -> its name in the files that are written."""
     digests: dict[str, Mapping[str, str]] = field(default_factory=dict)
-    """Of every linear that was asked for: SHA-256 of codes and of scales (`Decoded.digests`)."""
+    """Of every linear that was asked for, by its stored name: SHA-256 of codes and of scales (`Decoded.digests`)."""
     notes: dict[str, str] = field(default_factory=dict)
     """Of linears whose method took another way than asked: how, in words."""
 
     def __call__(self, name: str) -> Quantized:
         """The codes of one linear."""
         solved = self.solve(name)
-        self.digests[name] = as_decoded(solved.quantized).digests()
+        self.digests[self.stored(name)] = as_decoded(solved.quantized).digests()
         if solved.note:
             self.notes[name] = solved.note
         return solved.quantized

@@ -34,7 +34,7 @@ written. 4-bit, 2-bit and 8-bit codes are packed alike by every version of the f
 the layout of 0.20, the oldest reader it was tested with.
 
 config.json gets a `quantization_config`: one group that targets "Linear", and in `ignore` the full name of every
-linear that is stored as it was.
+linear that is stored as it was, in memory and, where transformers renames while it loads, in the files too.
 """
 
 import sys
@@ -121,9 +121,9 @@ def _cache_scales(job: ExportJob) -> list[Part]:
         return []
     steps = QType.of_activations(spec).qmax
     scales = {
-        f"{name}.{kind}_scale": (static_range(spec, ranges.minimum_HC, ranges.maximum_HC)[1] / steps).reshape(
-            1
-        )
+        f"{job.names.module(name)}.{kind}_scale": (
+            static_range(spec, ranges.minimum_HC, ranges.maximum_HC)[1] / steps
+        ).reshape(1)
         for name, stats in job.ready.attention.items()
         for kind, ranges in (("k", stats.key), ("v", stats.value))
     }

@@ -136,6 +136,8 @@ def export_checkpoint(
             advance,
             ready,
         )
+        if not hasattr(module, "write"):  # GGUF has names of its own, which its reader translates
+            job.codes.stored = job.names.module
         # Gains that were folded change codes of o_proj: scores of the model as it was are not of these.
         own = () if converted and info.variant != "standard" else records
         origin = Origin(checkpoint.content_hash(), config, made_by, own)
@@ -177,7 +179,7 @@ def _write_weights(folder: Path, job: ExportJob, form: Format) -> tuple[Layout, 
     if hasattr(module, "write"):
         return module.write(job, folder), []
     layout: Layout = module.layout(job)
-    parts = list(model_parts(job.model, layout, job.dtype))
+    parts = list(model_parts(job.model, layout, job.dtype, job.names))
     write_shards(folder, [*parts, *layout.extra], job.max_shard_size, job.advance, layout.metadata)
     write_configs(folder, job.model, layout, job.dtype)
     for name, body in layout.files.items():

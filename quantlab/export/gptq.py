@@ -48,7 +48,7 @@ from quantlab.errors import SchemeError
 from quantlab.export.codes import unsigned_codes
 from quantlab.export.compressed_tensors import pack_rows
 from quantlab.export.job import ExportJob
-from quantlab.export.linears import separate_linears
+from quantlab.export.linears import both_names, separate_linears
 from quantlab.export.shards import Layout, Part, TensorType
 from quantlab.export.tensors import exactly
 from quantlab.methods.solved import Quantized
@@ -173,6 +173,6 @@ def _quantization_config(job: ExportJob, spec: TensorSpec, stored: str) -> dict[
         "meta": {"quantizer": [f"quantlab:{quantlab.__version__}"]},
     }
     if job.ready.skipped:
-        config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in job.ready.skipped}
-        config["modules_in_block_to_quantize"] = [list(job.linears)]
+        config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in both_names(job, job.ready.skipped)}
+        config["modules_in_block_to_quantize"] = [both_names(job, job.linears)]
     return config

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantlab.export.codes import Codes
 from quantlab.inspection.checkpoint import CheckpointInfo
+from quantlab.models.stored_names import StoredNames
 from quantlab.quantize import Prepared
 from quantlab.schemes import Scheme
 
@@ -35,3 +37,8 @@ class ExportJob:
     """Told how many linears were written since the last call."""
     ready: Prepared
     """Everything else that the scheme made of the model: corrected biases, statistics, notes."""
+
+    @cached_property
+    def names(self) -> StoredNames:
+        """Under which names its tensors are written."""
+        return StoredNames.of_model(self.model)

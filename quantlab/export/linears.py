@@ -10,7 +10,7 @@ from quantlab.export.job import ExportJob
 from quantlab.layers.targets import choose_targets
 from quantlab.schemes import Scheme
 
-__all__ = ["check_linears", "kept_linears", "separate_linears"]
+__all__ = ["both_names", "check_linears", "kept_linears", "separate_linears"]
 
 
 def check_linears(model: nn.Module, form: Format, scheme: Scheme, skip: Sequence[str]) -> None:
@@ -46,6 +46,13 @@ def separate_linears(job: ExportJob) -> dict[str, nn.Linear]:
 
 
 def kept_linears(job: ExportJob) -> list[str]:
-    """Names of every linear that is stored as it is: the output head, and what the user skips."""
+    """Names of every linear that is stored as it is: the output head, and what the user skips (`both_names`)."""
     taken = set(job.linears)
-    return [name for name, m in job.model.named_modules() if isinstance(m, nn.Linear) and name not in taken]
+    return both_names(
+        job, [name for name, m in job.model.named_modules() if isinstance(m, nn.Linear) and name not in taken]
+    )
+
+
+def both_names(job: ExportJob, names: Sequence[str]) -> list[str]:
+    """Names in memory, and those in the files where they differ: some engines match the ones, some the others."""
+    return list(dict.fromkeys(each for name in names for each in (name, job.names.module(name))))

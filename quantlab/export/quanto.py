@@ -66,7 +66,11 @@ def layout(job: ExportJob) -> Layout:
         quantization_config=_quantization_config(job, linears, spec),
         name=kind,
         num_codes=sum(linear.weight.numel() for linear in linears.values()),
-        files={"quanto_qmap.json": {name: {"weights": kind, "activations": "none"} for name in linears}},
+        files={
+            "quanto_qmap.json": {
+                name: {"weights": kind, "activations": "none"} for name in map(job.names.module, linears)
+            }
+        },
     )
 
 
@@ -154,5 +158,5 @@ def _quantization_config(job: ExportJob, linears: dict[str, nn.Linear], spec: Te
         "modules_to_not_convert": kept_linears(job),
         "group_size": spec.group_size,
         "symmetric": spec.symmetric,
-        "shapes": {name: list(linear.weight.shape) for name, linear in linears.items()},
+        "shapes": {job.names.module(name): list(linear.weight.shape) for name, linear in linears.items()},
     }

@@ -1,15 +1,14 @@
 """Every tensor of a quantized checkpoint: under which name, in which dtype, and which are not written at all."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
-from quantlab.errors import CheckpointError
 from quantlab.export.shards import Layout, Part, TensorType
 from quantlab.inspection.precision import stored_precision
+from quantlab.models.stored_names import StoredNames
 
 __all__ = ["dtype_name", "exactly", "holds", "model_parts", "stored_dtype", "tied_names"]
 
@@ -30,12 +29,15 @@ def stored_dtype(model: PreTrainedModel, source_precision: str) -> torch.dtype:
     return source if all(holds(source, tensor) for tensor in tensors) else loaded
 
 
-def model_parts(model: PreTrainedModel, layout: Layout, dtype: torch.dtype) -> Iterator[Part]:
+def model_parts(
+    model: PreTrainedModel, layout: Layout, dtype: torch.dtype, names: StoredNames
+) -> Iterator[Part]:
     """Every tensor of the model in its order, under the name that it has in a checkpoint."""
     state = model.state_dict()
     tied = tied_names(model)
-    names = _checkpoint_names(model, [name for name in state if name not in tied])
-    for name, stored in names.items():
+    for name, stored in names.tensors.items():
+        if name in tied:
+            continue
         owner, _, leaf = name.rpartition(".")
         if leaf == "weight" and owner in layout.linears:
             yield _renamed(layout.linears[owner], stored.removesuffix("weight"))
@@ -86,23 +88,3 @@ def _kept(name: str, tensor: Tensor, dtype: torch.dtype) -> Part:
 
 def _same_memory(first: Tensor, second: Tensor) -> bool:
     return first.data_ptr() == second.data_ptr() and first.shape == second.shape
-
-
-def _checkpoint_names(model: PreTrainedModel, names: Sequence[str]) -> dict[str, str]:
-    """Name in the model -> name in its checkpoints, for architectures that transformers renames while loading."""
-    conversions = getattr(model, "_weight_conversions", None) or ()
-    if any(_changes_tensors(conversion) for conversion in conversions):
-        raise CheckpointError(
-            f"export needs an architecture whose tensors are stored as the model holds them: "
-            f"{type(model).__name__} merges or splits them while loading. Evaluate it instead."
-        )
-    markers = {name: torch.tensor(position) for position, name in enumerate(names)}
-    stored = {int(marker): name for name, marker in revert_weight_conversion(model, markers).items()}
-    return {name: stored[position] for position, name in enumerate(names)}
-
-
-def _changes_tensors(conversion: object) -> bool:
-    """Whether a conversion that transformers made while loading has to be undone on values, and not on names only."""
-    operations = conversion.operations if isinstance(conversion, WeightConverter) else ()
-    # Dequantizing has no way back but to leave the floats as they are, which is what is wanted here.
-    return any(type(operation.reverse_op).__name__ != "_IdentityOp" for operation in operations)

@@ -88,8 +88,8 @@ def _tensors(quantized: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _metadata(job: ExportJob, linears: dict[str, nn.Linear], spec: TensorSpec) -> dict[str, str]:
     """What rebuilds the tensor subclasses, for the header."""
-    names = list(job.model.state_dict())
-    weights = {f"{name}.weight": linear.in_features for name, linear in linears.items()}
+    names = [job.names.tensors[name] for name in job.model.state_dict()]
+    weights = {f"{job.names.module(name)}.weight": linear.in_features for name, linear in linears.items()}
     described = {
         name: _subclass(job, spec, weights[name]) if name in weights else {"_type": "Tensor"}
         for name in names

@@ -31,7 +31,9 @@ def beside(job: ExportJob, entries: Mapping[str, Mapping[str, Any]]) -> dict[str
     if rotations:
         found["rotations"] = {size: [_array(each) for each in factors] for size, factors in rotations.items()}
     if any(spec.static for spec in job.scheme.head_sites.values()):
-        found["attention"] = {layer: _ranges(job, layer) for layer, _ in attention_layers(job.model)}
+        found["attention"] = {
+            job.names.module(layer): _ranges(job, layer) for layer, _ in attention_layers(job.model)
+        }
     return found
 
 

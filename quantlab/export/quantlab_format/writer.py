@@ -38,13 +38,26 @@ def layout(job: ExportJob) -> Layout:
     for name, module in job.model.named_modules():
         if isinstance(module, RotatedLinear) and name not in entries:
             entries[name] = {"kind": "float", "skipped": True, "rotated": True} | _shape(module)
-    config = {"quant_method": "quantlab", "version": VERSION, "scheme": job.scheme.name, "linears": entries}
+    config = {
+        "quant_method": "quantlab",
+        "version": VERSION,
+        "scheme": job.scheme.name,
+        "linears": _stored(job, entries),
+    }
     return Layout(
         linears=parts,
         quantization_config=config | beside(job, entries),
         name=f"quantlab-{VERSION}",
         num_codes=sum(weight_of(job.model.get_submodule(name)).numel() for name in owners.values()),
     )
+
+
+def _stored(job: ExportJob, entries: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The entries under the names that the linears have in the files."""
+    return {
+        job.names.module(name): entry | ({"as": job.names.module(entry["as"])} if "as" in entry else {})
+        for name, entry in entries.items()
+    }
 
 
 def _linear(job: ExportJob, name: str, owner: str) -> tuple[Part, dict[str, Any]]:

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quantlab.errors import CheckpointError, nearest
 from quantlab.inspection.checkpoint import CheckpointInfo
 from quantlab.layers.linear import weight_of
 from quantlab.models.low_bit.carried import Carried
+from quantlab.models.stored_names import StoredNames
 
 __all__ = ["check_linears", "config_of", "disagrees", "shape_of", "skeleton_of"]
 
@@ -23,7 +24,7 @@ def config_of(info: CheckpointInfo) -> PreTrainedConfig:
     return config
 
 
-def skeleton_of(config: PreTrainedConfig, path: Path) -> nn.Module:
+def skeleton_of(config: PreTrainedConfig, path: Path) -> PreTrainedModel:
     """The architecture without memory for its weights."""
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is None:
@@ -32,11 +33,11 @@ def skeleton_of(config: PreTrainedConfig, path: Path) -> nn.Module:
         )
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         skeleton = model_class._from_config(config, dtype=torch.float32)
-    assert isinstance(skeleton, nn.Module)
+    assert isinstance(skeleton, PreTrainedModel)
     return skeleton
 
 
-def check_linears(skeleton: nn.Module, carried: Carried) -> None:
+def check_linears(skeleton: nn.Module, carried: Carried, names: StoredNames) -> None:
     """Every linear that the folder describes is one of the architecture's, of its shape where that is said."""
     known = {
         name: module
@@ -44,13 +45,14 @@ def check_linears(skeleton: nn.Module, carried: Carried) -> None:
         if isinstance(module, nn.Linear | Conv1D)
     }
     path = carried.raw.path
-    for name in carried.linears:
+    for stored in carried.linears:
+        name = names.loaded(stored)
         if name not in known:
             raise CheckpointError(
                 f"low-bit weights must be those of linears that the architecture has: {path} has {name[:100]!r}, "
                 f"{type(skeleton).__name__} has not.{nearest(name[:100], known)}"
             )
-        entry, shape = carried.entries.get(name), tuple(weight_of(known[name]).shape)
+        entry, shape = carried.entries.get(stored), tuple(weight_of(known[name]).shape)
         transposed = isinstance(known[name], Conv1D)
         if entry and (entry.shape != shape or (entry.body.get("transposed") is True) != transposed):
             raise disagrees(name, entry.shape, shape, path)

@@ -11,6 +11,7 @@ from math import prod
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from quantlab.errors import CheckpointError, SchemeError
 from quantlab.inspection.checkpoint import is_of
@@ -18,6 +19,7 @@ from quantlab.inspection.compressed import CACHE_SCALES, carried_scheme, source_
 from quantlab.inspection.folder import read_object
 from quantlab.methods.solved import Quantized
 from quantlab.models.low_bit.codes import DecodedTensor, as_tensor, grid_of
+from quantlab.models.stored_names import StoredNames
 from quantlab.reading import quantlab_format
 from quantlab.reading.quantlab_format import LEAVES, Entry
 from quantlab.reading.raw import RawFolder
@@ -37,9 +39,16 @@ class Carried:
     scheme: Scheme | None
     """None for a folder that holds weights and says no more."""
     linears: Mapping[str, str | None]
-    """Every linear that is not an ordinary one -> the linear whose codes it has; None where it keeps floats."""
+    """Every linear that is not an ordinary one -> the linear whose codes it has; None where it keeps floats. Like all
+    that a folder says, it speaks of linears by their stored names (`quantlab.models.stored_names`)."""
     entries: Mapping[str, Entry] = field(default_factory=dict)
     """In quantlab's own format."""
+
+    def names(self, model: PreTrainedModel) -> StoredNames:
+        """Where transformers puts what the folder holds."""
+        own = self.own
+        kept = [name for name in self.raw.tensors if name not in own]
+        return StoredNames.of_files(model, [*kept, *(f"{name}.weight" for name in self.linears)])
 
     @property
     def own(self) -> frozenset[str]:

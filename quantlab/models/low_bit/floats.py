@@ -7,24 +7,29 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrain
 
 from quantlab.models.loading import attention_of, check_complete
 from quantlab.models.low_bit.carried import Carried
+from quantlab.models.stored_names import StoredNames
 from quantlab.reading.raw import RawFolder
 
 __all__ = ["with_floats"]
 
 
 def with_floats(
-    config: PreTrainedConfig, skeleton: nn.Module, carried: Carried, dtype: torch.dtype
+    config: PreTrainedConfig, skeleton: nn.Module, carried: Carried, dtype: torch.dtype, names: StoredNames
 ) -> PreTrainedModel:
     """The model with all that keeps its precision; its linears in low bits hold zeros that take no memory."""
     raw, model_class = carried.raw, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     own = carried.own
     kept = {name: _tensor(raw, name) for name in raw.tensors if name not in own}
-    added = {name: kept.pop(f"{name}.bias") for name in _without_bias(skeleton) if f"{name}.bias" in kept}
-    stored = skeleton.state_dict().keys()
+    added = {
+        name: kept.pop(bias)
+        for name in _without_bias(skeleton)
+        if (bias := f"{names.module(name)}.bias") in kept
+    }
+    held = skeleton.state_dict().keys()
     for name, owner in carried.linears.items():
         # Where one block serves all layers, it is read under its first name.
-        if owner is not None and f"{name}.weight" in stored:
-            shape = skeleton.get_parameter(f"{name}.weight").shape
+        if owner is not None and f"{names.loaded(name)}.weight" in held:
+            shape = skeleton.get_parameter(f"{names.loaded(name)}.weight").shape
             kept[f"{name}.weight"] = torch.zeros(1, dtype=dtype).expand(shape)
     model, report = model_class.from_pretrained(
         None,

@@ -24,17 +24,23 @@ from quantlab.transforms.edit import replace_
 __all__ = ["put_linear_"]
 
 
-def put_linear_(model: nn.Module, name: str, carried: Carried, place: torch.device, kernel: str) -> Change:
-    """Put a QuantLinear with the folder's codes in the place of one linear, under every name that it has."""
+def put_linear_(
+    model: nn.Module, name: str, stored: str, carried: Carried, place: torch.device, kernel: str
+) -> Change:
+    """Put a QuantLinear with the folder's codes in the place of one linear, under every name that it has.
+
+    Args:
+        stored: what the folder calls it.
+    """
     linear = model.get_submodule(name)
     if isinstance(linear, QuantLinear):  # a linear that the model holds twice
-        return Change(name, "swapped", f"{carried.linears[name]}, held twice", 16, 0, linear.kernel)
-    shape, owner = shape_of(linear), carried.linears[name]
-    decoded = None if owner is None else _decoded(carried, name, owner, shape)
+        return Change(name, "swapped", f"{carried.linears[stored]}, held twice", 16, 0, linear.kernel)
+    shape, owner = shape_of(linear), carried.linears[stored]
+    decoded = None if owner is None else _decoded(carried, stored, owner, shape)
     quantized = None if decoded is None else as_quantized(decoded)
-    inputs, weights = carried.inputs_of(name), carried.weights_of(name, quantized)
+    inputs, weights = carried.inputs_of(stored), carried.weights_of(stored, quantized)
     runs = _kernel(carried, {name: shape}, weights, inputs, place, kernel)
-    if (factors := carried.rotation(name)) is not None:
+    if (factors := carried.rotation(stored)) is not None:
         linear.before = HadamardTransform(factors)
     swapped = QuantLinear(
         linear,
@@ -42,8 +48,8 @@ def put_linear_(model: nn.Module, name: str, carried: Carried, place: torch.devi
         inputs,
         runs,
         name,
-        fixed=fixed_inputs(carried, name),
-        bias=carried.corrected_bias(name),
+        fixed=fixed_inputs(carried, stored),
+        bias=carried.corrected_bias(stored),
     )
     replace_(model, linear, swapped, [])
     return Change(
@@ -51,9 +57,9 @@ def put_linear_(model: nn.Module, name: str, carried: Carried, place: torch.devi
         "swapped",
         "as it is" if decoded is None else f"codes of a folder in {carried.method}'s format",
         16 if decoded is None else decoded.bits,
-        prod(shape) if owner in (None, name) else 0,
+        prod(shape) if owner in (None, stored) else 0,
         runs,
-        carried.storage_bits(name),
+        carried.storage_bits(stored),
     )
 
 

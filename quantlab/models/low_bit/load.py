@@ -26,6 +26,7 @@ from quantlab.models.low_bit.carried import Carried, read_carried
 from quantlab.models.low_bit.floats import with_floats
 from quantlab.models.low_bit.linears import put_linear_
 from quantlab.models.low_bit.sites import put_sites_
+from quantlab.models.stored_names import StoredNames
 from quantlab.reading.raw import RawFolder
 
 __all__ = ["load_low_bit"]
@@ -57,11 +58,14 @@ def load_low_bit(
         info = info or _inspect(carried)
         config = config_of(info)
         skeleton = skeleton_of(config, info.path)
-        check_linears(skeleton, carried)
-        model = with_floats(config, skeleton, carried, resolve_dtype(dtype, place))
+        names = carried.names(skeleton)
+        check_linears(skeleton, carried, names)
+        model = with_floats(config, skeleton, carried, resolve_dtype(dtype, place), names)
         if carried.scheme is not None:
-            put_sites_(model, carried, carried.scheme)
-        rows = [put_linear_(model, name, carried, place, kernel) for name in carried.linears]
+            put_sites_(model, carried, carried.scheme, names)
+        rows = [
+            put_linear_(model, names.loaded(name), name, carried, place, kernel) for name in carried.linears
+        ]
         model.carried = tuple(rows)
         if carried.scheme is not None:
             for name, module, spec in find_outputs(model, carried.scheme):
@@ -69,7 +73,7 @@ def load_low_bit(
         tokenizer = load_tokenizer(info, trusted=False)
         model = model.to(place).eval().requires_grad_(False)
         check_finite(model, info.path)
-        info = with_rows(_with_linears(info, skeleton, carried), model)
+        info = with_rows(_with_linears(info, skeleton, carried, names), model)
     return Checkpoint(model, tokenizer, info, family_of(info.model_type, info.variant), carried.scheme)
 
 
@@ -83,14 +87,17 @@ def _inspect(carried: Carried) -> CheckpointInfo:
     return inspect_low_bit(path, low, source)
 
 
-def _with_linears(info: CheckpointInfo, skeleton: nn.Module, carried: Carried) -> CheckpointInfo:
+def _with_linears(
+    info: CheckpointInfo, skeleton: nn.Module, carried: Carried, names: StoredNames
+) -> CheckpointInfo:
     """The same with the shapes of what other formats store packed."""
     if carried.method == "quantlab":
         return info
     found: dict[str, Any] = {}
+    linears = {name: shape_of(skeleton.get_submodule(names.loaded(name))) for name in carried.linears}
     for name in carried.linears:
-        found[f"{name}.weight"] = ("U8", tuple(skeleton.get_parameter(f"{name}.weight").shape))
-    linears = {name: shape_of(skeleton.get_submodule(name)) for name in carried.linears}
+        weight = skeleton.get_parameter(f"{names.loaded(name)}.weight")
+        found[f"{name}.weight"] = ("U8", tuple(weight.shape))
     tensors = {**info.tensors, **found}
     return replace(
         info,

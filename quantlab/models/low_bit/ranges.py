@@ -8,6 +8,7 @@ from quantlab.calibration.statistics import AttentionStats, Ranges
 from quantlab.errors import CheckpointError
 from quantlab.models.low_bit.carried import Carried
 from quantlab.models.low_bit.codes import as_tensor
+from quantlab.models.stored_names import StoredNames
 from quantlab.numerics.static import Fixed
 from quantlab.reading import quantlab_format
 from quantlab.reading.raw import RawFolder
@@ -30,15 +31,15 @@ def fixed_inputs(carried: Carried, name: str) -> Fixed | None:
     return _range(low, high, f"inputs of {name}", carried.raw)
 
 
-def attention_ranges(carried: Carried, layers: list[str]) -> dict[str, AttentionStats]:
+def attention_ranges(carried: Carried, layers: list[str], names: StoredNames) -> dict[str, AttentionStats]:
     """The fixed ranges of each layer's queries, keys and values."""
     assert carried.scheme is not None
     sites = {name for site, spec in carried.scheme.head_sites.items() if spec.static for name in _sites(site)}
     if not sites:
         return {}
     if carried.method == "compressed-tensors":
-        return {layer: _of_cache(carried.raw, layer) for layer in layers}
-    return {layer: _of_layer(carried.raw, layer, sites) for layer in layers}
+        return {layer: _of_cache(carried.raw, names.module(layer)) for layer in layers}
+    return {layer: _of_layer(carried.raw, names.module(layer), sites) for layer in layers}
 
 
 def _of_layer(raw: RawFolder, layer: str, sites: set[str]) -> AttentionStats:

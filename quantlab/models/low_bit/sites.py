@@ -14,12 +14,13 @@ from quantlab.layers.rotated import HeadHadamard
 from quantlab.layers.sites import find_sites, swap_site, turn_heads_
 from quantlab.models.low_bit.carried import Carried
 from quantlab.models.low_bit.ranges import attention_ranges
+from quantlab.models.stored_names import StoredNames
 from quantlab.schemes import Scheme
 
 __all__ = ["put_sites_"]
 
 
-def put_sites_(model: PreTrainedModel, carried: Carried, scheme: Scheme) -> None:
+def put_sites_(model: PreTrainedModel, carried: Carried, scheme: Scheme, names: StoredNames) -> None:
     """Put what rounds inside attention on the model, with the ranges and rotations of the folder."""
     if not scheme.sites and not scheme.head_sites:
         return
@@ -27,7 +28,7 @@ def put_sites_(model: PreTrainedModel, carried: Carried, scheme: Scheme) -> None
     stack.enter_context(attention_sites(model))
     model.low_bit_sites = stack
     layers = [name for name, _ in attention_layers(model)]
-    sites = find_sites(model, scheme, attention_ranges(carried, layers))
+    sites = find_sites(model, scheme, attention_ranges(carried, layers, names))
     width = carried.turned_heads
     if width is not None:
         turn_heads_(sites, [])
