@@ -25,10 +25,10 @@ from transformers import PreTrainedTokenizerBase
 
 from quantlab.errors import SchemeError
 from quantlab.export.gguf_file import Value, key_bytes
-from quantlab.export.gguf_pretokenizers import pre_name, space_prefix
 from quantlab.inspection.checkpoint import CheckpointInfo
 from quantlab.inspection.gguf_header import read_gguf
 from quantlab.inspection.gguf_names import TOKEN_IDS
+from quantlab.inspection.gguf_pretokenizers import pre_name, space_prefix
 
 __all__ = ["tokenizer_keys"]
 

@@ -34,6 +34,7 @@ from quantlab.inspection.contents import Identity, identities
 from quantlab.inspection.families import Family, family_of
 from quantlab.inspection.gguf_header import read_gguf
 from quantlab.inspection.gguf_names import config_of
+from quantlab.models.gguf_tokenizer import cut_as_named_
 from quantlab.models.gguf_weights import read_weights
 from quantlab.models.stored import note_source_
 from quantlab.schemes import Scheme
@@ -219,6 +220,9 @@ def _tokenizer_of(info: CheckpointInfo, trusted: bool) -> PreTrainedTokenizerBas
     if info.kind == "gguf":
         # Built directly: from_pretrained would prefer any tokenizer.json that lies beside the file.
         tokenizer = PreTrainedTokenizerFast(name_or_path=str(info.path.parent), gguf_file=info.path.name)
+        keys = read_gguf(info.path).metadata
+        if keys.get("tokenizer.ggml.model") == "gpt2":
+            cut_as_named_(tokenizer, keys.get("tokenizer.ggml.pre"))
     else:
         tokenizer = AutoTokenizer.from_pretrained(info.path, trust_remote_code=trusted, local_files_only=True)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)

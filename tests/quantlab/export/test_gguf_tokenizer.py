@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from quantlab.errors import SchemeError
 from quantlab.export.gguf_file import Value, key_bytes, write_file
-from quantlab.export.gguf_pretokenizers import PRE_NAMES, pre_name
 from quantlab.export.gguf_tokenizer import tokenizer_keys
 from quantlab.inspection.gguf_header import read_gguf
+from quantlab.inspection.gguf_pretokenizers import PRE_NAMES, pre_name
+from quantlab.models.loading import load_tokenizer
 from tests.llama import opened
 from tests.toys import toy_tokenizer
 
@@ -121,6 +122,18 @@ def test_llama_cpp_cuts_and_merges_as_the_tokenizer_does(
     path = write(tmp_path / "vocab.gguf", tokenizer, 1500)
     assert read_gguf(path).metadata["tokenizer.ggml.pre"] == PRE_NAMES[pieces, ignore_merges]
     check_same(path, tokenizer, (ODD, WIKI[300_000:320_000], f"a{END} b", ""))
+
+
+@pytest.mark.parametrize(("pieces", "ignore_merges"), PRE_NAMES, ids=PRE_NAMES.values())
+def test_a_file_is_loaded_with_the_cut_that_it_names(
+    tmp_path: Path, pieces: tuple[str, ...], ignore_merges: bool
+) -> None:
+    """transformers cuts by GPT-2's expression whatever the file says."""
+    tokenizer = byte_level(pieces, ignore_merges=ignore_merges)
+    path = write(tmp_path / "vocab.gguf", tokenizer, 1500)
+    loaded = load_tokenizer(cast(Any, SimpleNamespace(kind="gguf", path=path)), trusted=False)
+    for text in (ODD, WIKI[300_000:320_000], "died 4 ½ months\n\n\n 1st 12345"):
+        assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
 @pytest.mark.parametrize("prefix", ["legacy", "always", "never"])

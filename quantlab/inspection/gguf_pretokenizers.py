@@ -6,8 +6,8 @@ numerals of `default` and other fallbacks, so what is not in the table has no na
 
     piece        what tokenizer.json says
     regex        Split by it, each match a piece of its own
-    _DIGITS      Digits, each by itself
-    _GPT2        ByteLevel with its own expression (use_regex)
+    DIGITS      Digits, each by itself
+    GPT2        ByteLevel with its own expression (use_regex)
 
 Source: llama.cpp's `llama-vocab.cpp`, the expressions of each LLAMA_VOCAB_PRE_TYPE.
 """
@@ -15,10 +15,10 @@ Source: llama.cpp's `llama-vocab.cpp`, the expressions of each LLAMA_VOCAB_PRE_T
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["PRE_NAMES", "pre_name", "space_prefix"]
+__all__ = ["DIGITS", "GPT2", "PRE_NAMES", "pre_name", "space_prefix"]
 
-_GPT2 = "ByteLevel"
-_DIGITS = r"\p{N}"
+GPT2 = "ByteLevel"
+DIGITS = r"\p{N}"
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -29,12 +29,12 @@ _DEEPSEEK_3 = (
 )
 
 PRE_NAMES: Mapping[tuple[tuple[str, ...], bool], str] = {
-    ((_GPT2,), False): "gpt-2",
-    ((_DIGITS, _GPT2), False): "smollm",
+    ((GPT2,), False): "gpt-2",
+    ((DIGITS, GPT2), False): "smollm",
     ((_WORDS % "{1,3}",), True): "llama-bpe",
     ((_WORDS % "{1,3}",), False): "dbrx",
     ((_WORDS % "",), False): "qwen2",
-    (("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", _DIGITS), False): "deepseek-coder",
+    (("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", DIGITS), False): "deepseek-coder",
     ((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK_3), False): "deepseek-v3",
 }
 """(Pieces in their order, whether a word that is a token needs no merges) -> value of `tokenizer.ggml.pre`."""
@@ -46,7 +46,7 @@ def pre_name(spec: Mapping[str, Any]) -> str | None:
     if (spec.get("normalizer") or {"type": "NFC"})["type"] != "NFC":
         return None
     pieces = [_piece(each) for each in _listed(spec.get("pre_tokenizer"), "pretokenizers")]
-    if not pieces or None in pieces or pieces[-1] not in (_GPT2, ""):
+    if not pieces or None in pieces or pieces[-1] not in (GPT2, ""):
         return None
     return PRE_NAMES.get((tuple(filter(None, pieces)), bool(spec["model"].get("ignore_merges"))))
 
@@ -87,10 +87,10 @@ def _listed(step: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]
 def _piece(step: Mapping[str, Any]) -> str | None:
     """What the table calls a step; "" for bytes alone, None for what it has no word for."""
     if step["type"] == "ByteLevel" and not step.get("add_prefix_space", True):
-        return _GPT2 if step.get("use_regex", True) else ""
+        return GPT2 if step.get("use_regex", True) else ""
     if step["type"] == "Digits" and step.get("individual_digits"):
-        return _DIGITS
+        return DIGITS
     if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
         regex = step["pattern"].get("Regex")
-        return None if regex in (None, _GPT2, "") else str(regex)
+        return None if regex in (None, GPT2, "") else str(regex)
     return None
