@@ -18,7 +18,7 @@ from quantlab.records import COMPUTATION, fingerprint, what_was_computed
 from quantlab.statistics import Estimate, difference_of_changes, holm, p_of_zero, paired_text_difference
 from reports.changes import baseline_of, documents_of
 from reports.load import BASELINE, Cell, Run, scheme_order
-from reports.names import read_scheme
+from reports.scheme_names import read_scheme
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import pandas as pd
 
 from quantlab.records import Record, RecordError, read_items, read_record, read_run, read_sidecar
 from reports.machines import machine_of
-from reports.names import BASELINE as BASELINE
-from reports.names import read_scheme
 from reports.planned import Hole, Pairing, holes, pairing
+from reports.scheme_names import BASELINE as BASELINE
+from reports.scheme_names import read_scheme
 
 _KINDS = ("nothing", "weights", "weights + activations", "activations", "attention logits")
 

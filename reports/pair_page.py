@@ -12,9 +12,9 @@ from reports.figures.figure8 import figure8
 from reports.figures.pair_bits import pair_bits
 from reports.findings import Finding
 from reports.load import BASELINE, Run
-from reports.names import read_scheme
 from reports.outliers import lambdas
 from reports.pair_findings import effect_findings, outlier_pair_finding, pair_lead, pair_notes
+from reports.scheme_names import read_scheme
 from reports.tables import Table
 
 KINDS = ("attention logits", "weights + activations")

@@ -8,9 +8,10 @@ import pandas as pd
 from reports.effects import MEASURES
 from reports.entries import Entry, change, magnitude, number, probability, text, with_interval
 from reports.load import BASELINE
-from reports.names import read_scheme, visible
+from reports.names import visible
 from reports.outliers import TENSORS, paper_figure8, paper_table5
 from reports.planned import Pairing
+from reports.scheme_names import read_scheme
 from reports.scores import ENDS
 from reports.tables import Table, grouped
 

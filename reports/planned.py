@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from reports.names import BASELINE
+from reports.scheme_names import BASELINE
 
 if TYPE_CHECKING:
     from reports.load import Cell

@@ -17,8 +17,8 @@ import pandas as pd
 from quantlab.statistics import holm, minimum_detectable_effect
 from reports.changes import baseline_of, changes, setting
 from reports.load import BASELINE, Cell, Run, scheme_order
-from reports.names import read_scheme
 from reports.planned import Hole
+from reports.scheme_names import read_scheme
 
 ESTIMATES = {
     "hellaswag": ("acc", "acc_norm", "margin", "margin_norm"),

@@ -12,7 +12,7 @@ CLI = ROOT / "quantlab" / "cli"
 MAY_IMPORT = {
     "probes": {"probes"},
     "quantlab": {"quantlab", "probes"},
-    "reports": {"reports", "quantlab.records", "quantlab.statistics"},
+    "reports": {"reports", "quantlab.records", "quantlab.statistics", "quantlab.schemes", "quantlab.errors"},
 }
 TORCH_FREE = [
     "probes.errors",

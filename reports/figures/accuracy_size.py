@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reports.load import BASELINE
-from reports.names import read_scheme
+from reports.scheme_names import read_scheme
 from reports.style import INK, colours, in_figure, legend, markers, new_figure, theme, tidy
 
 PANELS = {

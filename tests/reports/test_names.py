@@ -1,9 +1,8 @@
-"""Texts from strangers are shown whole and harmless; scheme names say what a figure needs."""
+"""Texts from strangers are shown whole and harmless."""
 
 import pytest
 
-from quantlab.schemes import WEIGHT_FORMATS
-from reports.names import markdown, read_scheme, token, visible
+from reports.names import markdown, token, visible
 
 
 @pytest.mark.parametrize(
@@ -53,32 +52,3 @@ def test_markdown_escapes_what_markdown_acts_on() -> None:
 )
 def test_markdown_makes_no_links_of_addresses(text: str, shown: str) -> None:
     assert markdown(text) == shown
-
-
-@pytest.mark.parametrize(
-    ("name", "bits", "series", "detail", "grid"),
-    [
-        ("w16", 16, "nothing", "", ""),
-        ("w4", 4, "weights", "per channel", "w4"),
-        ("w4g32z", 4, "weights", "groups of 32, zero point", "w4g32z"),
-        ("w8a8", 8, "weights + activations", "weights per channel, activations per token", "w8"),
-        ("w4a8", 4, "weights + activations at 8 bits", "weights per channel, activations per token", "w4"),
-        ("w8a4", 4, "weights at 8 bits + activations", "weights per channel, activations per token", "w8"),
-        ("l6t", 6, "attention logits", "per tensor", ""),
-        ("l6m", 6, "attention logits", "per map", ""),
-        ("w4g64-gptq", 4, "weights", "groups of 64, gptq", "w4g64"),
-        ("q2_k", 16, "q2_k", "q2_k", ""),
-        ("nf4", 4, "weights", "nf4", "nf4"),
-        ("q4_1", 4, "weights", "q4_1", "w4g32z"),
-        ("q4_k-a8", 4, "weights + activations at 8 bits", "activations per token, q4_k", "q4_k"),
-        ("llm_int8-rotate", 8, "weights", "llm_int8, rotate", "llm_int8"),
-    ],
-)
-def test_scheme_names(name: str, bits: int, series: str, detail: str, grid: str) -> None:
-    scheme = read_scheme(name)
-    assert (scheme.bits, scheme.series, scheme.detail, scheme.weight_grid) == (bits, series, detail, grid)
-
-
-def test_every_format_of_weights_is_known_by_its_bits() -> None:
-    for name, form in WEIGHT_FORMATS.items():
-        assert read_scheme(name).parts == {"w": (form.bits, name)}
