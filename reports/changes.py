@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from quantlab.records import COMPUTATION, fingerprint, what_was_computed
+from quantlab.records import COMPUTATION, fingerprint, measured_on
 from quantlab.statistics import (
     Estimate,
     mcnemar_exact,
@@ -26,9 +26,8 @@ def baseline_of(cell: Cell, cells: tuple[Cell, ...]) -> Cell | None:
 
 
 def setting(cell: Cell) -> str:
-    """Fingerprint of what was computed, but what quantized it: only records of one setting compare."""
-    made_by = what_was_computed(cell.record.made_by)
-    return fingerprint({k: v for k, v in made_by.items() if k not in ("scheme", "kernel", "quantize")})
+    """Fingerprint of what was measured, but for what quantized it: only records of one setting compare."""
+    return fingerprint(measured_on(cell.record.made_by))
 
 
 def changes(cell: Cell, baseline: Cell) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from quantlab.errors import OutputError, RecordError
 from quantlab.records.atomic import check_writable, write_atomic
 from quantlab.records.canonical import fingerprint, plain
 from quantlab.records.items import Columns
-from quantlab.records.record import COMPUTATION, Kind, Record, record_key, what_was_computed
+from quantlab.records.record import COMPUTATION, Kind, Record, measured_on, record_key, what_was_computed
 from quantlab.records.run_folder import (
     read_items,
     read_record,
@@ -41,6 +41,7 @@ __all__ = [
     "RecordError",
     "check_writable",
     "fingerprint",
+    "measured_on",
     "plain",
     "reachable_hash",
     "read_items",

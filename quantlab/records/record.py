@@ -7,13 +7,24 @@ from typing import Any, Literal, Self
 from quantlab.records.canonical import fingerprint, plain, without_nonfinite
 from quantlab.records.sealed import SCHEMA
 
-__all__ = ["COMPUTATION", "Kind", "Record", "record_key", "what_was_computed"]
+__all__ = [
+    "COMPUTATION",
+    "OF_THE_SCHEME",
+    "Kind",
+    "Record",
+    "measured_on",
+    "record_key",
+    "what_was_computed",
+]
 
 Kind = Literal["evaluation", "profile"]
 
 COMPUTATION = "computation"
 """The section of `made_by` that says how a result was computed (batch composition, threads): it moves the last digits,
 so it is in the key, but two records that differ in it alone are of the same thing and compare."""
+
+OF_THE_SCHEME = ("scheme", "quantize", "kernel", "calibration", "method", "transforms", "widths")
+"""Entries of `made_by` that say which scheme was put on the model, and what its codes and ranges came of."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,15 @@ class Record:
 def what_was_computed(made_by: Mapping[str, Any]) -> dict[str, Any]:
     """What a record's inputs say of the thing itself, without how it was computed."""
     return {name: value for name, value in made_by.items() if name != COMPUTATION}
+
+
+def measured_on(made_by: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record's inputs say of checkpoint, data and settings of the evaluation.
+
+    The scheme is left out, and so is what its codes came of: a scheme and its baseline agree in the rest and compare,
+    whatever a method was calibrated on.
+    """
+    return {name: value for name, value in what_was_computed(made_by).items() if name not in OF_THE_SCHEME}
 
 
 def record_key(kind: Kind, made_by: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from quantlab import checks
 from quantlab.config import build_config
-from quantlab.records import COMPUTATION, what_was_computed
+from quantlab.records import COMPUTATION, measured_on, what_was_computed
 from quantlab.sweep.jobs import Job, jobs_of
 
 EVALUATION = {"hellaswag": {"limit": 3}, "perplexity": {"sequence_length": 40, "num_sequences": 2}}
@@ -74,3 +74,32 @@ def test_codes_are_of_threads_and_calibration_and_shared_among_schemes_of_one_gr
         ("evaluation__batch_size", True),
     ):
         assert (_job(toy_folder, "w4g32-gptq", **{name: 5}).weights_made_by == made[0]) == same
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "w4g32",
+        "w4g32-gptq",
+        "w4g32z-hqq",
+        "w4g32-awq",
+        "w4g32-clip",
+        "w4a4-rotate",
+        "w8a8-smooth",
+        "l6t",
+        "nf4",
+    ],
+)
+def test_a_scheme_compares_with_its_baseline_whatever_made_its_codes(scheme: str, toy_folder: Path) -> None:
+    """What a method was calibrated on is of the scheme; checkpoint, data and settings of the evaluation are not."""
+    job, baseline = _job(toy_folder, scheme), _job(toy_folder, "w16")
+    assert measured_on(job.made_by) == measured_on(baseline.made_by)
+    for changed in ({"evaluation__perplexity__num_sequences": 3}, {"evaluation__bos": "always"}):
+        assert measured_on(_job(toy_folder, scheme, **changed).made_by) != measured_on(baseline.made_by)
+
+
+def test_a_mixed_scheme_compares_with_its_baseline(toy_folder: Path) -> None:
+    changes = {"quantize__widths": "{'*.down_proj': w8}"}
+    assert measured_on(_job(toy_folder, "w4-mixed", **changes).made_by) == measured_on(
+        _job(toy_folder, "w16").made_by
+    )
