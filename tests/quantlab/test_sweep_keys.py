@@ -87,7 +87,7 @@ def test_codes_are_of_threads_and_calibration_and_shared_among_schemes_of_one_gr
         "w4a4-rotate",
         "w8a8-smooth",
         "l6t",
-        "nf4",
+        "fp8",
     ],
 )
 def test_a_scheme_compares_with_its_baseline_whatever_made_its_codes(scheme: str, toy_folder: Path) -> None:
