@@ -116,7 +116,7 @@ def text_ratio(numerators: ArrayLike, denominators: ArrayLike, documents: ArrayL
     y, x = _pair(numerators, denominators)
     _, places = np.unique(np.asarray(documents), return_inverse=True)
     assert len(places) == len(x), "every block has a document"
-    sums_y, sums_x = np.bincount(places, y), np.bincount(places, x)
+    sums_y, sums_x = (np.bincount(places, each).astype(np.float64) for each in (y, x))
     effective = effective_documents(x, documents)
     if effective < FEWEST_DOCUMENTS:
         return _over_runs(y, x, num_documents=len(sums_x))

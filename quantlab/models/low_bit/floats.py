@@ -41,9 +41,9 @@ def with_floats(
         output_loading_info=True,
     )
     check_complete(report, raw.path)
-    for name, bias in added.items():
+    for name, extra in added.items():
         # Folding a norm that adds something gives its readers a bias, which the architecture does not have.
-        model.get_submodule(name).bias = nn.Parameter(bias.to(dtype))
+        model.get_submodule(name).bias = nn.Parameter(extra.to(dtype))
     model.generation_config = (
         GenerationConfig.from_pretrained(raw.path)
         if (raw.path / "generation_config.json").exists()
