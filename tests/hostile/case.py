@@ -49,6 +49,9 @@ class Case:
         for name in ("outside", "work"):
             (place / name).mkdir()
         path = self.damage(it)
+        # A stranger's folder has no manifest of the good one: what a manifest finds is for verify and its own cases.
+        if self.verb != "verify" and "B29" not in self.classes and not self.good:
+            (it / "MANIFEST.json").unlink(missing_ok=True)
         return opened(it) if path is None else path
 
 
